@@ -1,0 +1,87 @@
+"""ours: AutoRound's AutoScheme with the report's settings, run as its authors ship it.
+
+The report's command is `auto_round --avg_bits B --options ... --ignore_scale_zp_bits --iters 0`. The
+scores take a minute or more and do not depend on the budget; auto-round stores them as files in
+AR_AUTO_SCHEME_CACHE and only solves its knapsack again for the next budget. That folder is ours
+here, one for each model's contents, options and calibration, with a lock around it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from filelock import FileLock
+
+from mixprec import data, models
+from mixprec.cell import digest
+
+
+def allocate(layers, schemes, budget, request) -> dict[str, str]:
+    checkpoint = models.checkpoint(request.model, request.cache)
+    tokenizer = models.load_tokenizer(checkpoint, request.model)
+    texts = data.calibration_texts(request.calibration, tokenizer, request.cache)
+    key = digest(
+        [checkpoint.fingerprint, [s.name for s in schemes], request.calibration.tokens, texts]
+    )
+    folder = (request.cache / "autoscheme" / f"{request.model.name}-{key[:16]}").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        request.note("autoscheme_scores_stored", any(folder.glob("scheme_*.json")))
+        (folder / "calibration.json").write_text(json.dumps([{"text": text} for text in texts]))
+        chosen = _autoscheme(checkpoint, tokenizer, schemes, budget, request, folder)
+    names = {_identity(scheme.preset): scheme.name for scheme in schemes}
+    return {layer.name: names[_fields(chosen[layer.name])] for layer in layers}
+
+
+def _autoscheme(checkpoint, tokenizer, schemes, budget, request, folder) -> dict[str, dict]:
+    """AutoScheme's own configuration of every layer."""
+    import torch
+    from auto_round import AutoRound, AutoScheme
+    from transformers import AutoModelForCausalLM
+
+    dataset = str(folder / "calibration.json")
+    previous = os.environ.get("AR_AUTO_SCHEME_CACHE")
+    os.environ["AR_AUTO_SCHEME_CACHE"] = str(folder)
+    try:
+        compressor = AutoRound(
+            AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                dtype=torch.bfloat16,
+                use_safetensors=True,
+                trust_remote_code=request.model.trust_remote_code,
+            ),
+            tokenizer,
+            scheme=AutoScheme(
+                avg_bits=budget,
+                options=",".join(scheme.preset for scheme in schemes),
+                ignore_scale_zp_bits=True,
+                nsamples=request.calibration.samples,
+                seqlen=request.calibration.tokens,
+                dataset=dataset,
+            ),
+            dataset=dataset,
+            iters=0,
+            disable_opt_rtn=True,
+            device_map="cuda" if torch.cuda.is_available() else "cpu",
+            enable_torch_compile=False,
+        )
+        compressor.post_init()  # scores, or reads the stored ones, and solves; quantizes nothing
+        return compressor.layer_config
+    finally:
+        if previous is None:
+            del os.environ["AR_AUTO_SCHEME_CACHE"]
+        else:
+            os.environ["AR_AUTO_SCHEME_CACHE"] = previous
+
+
+def _identity(preset: str) -> tuple:
+    from dataclasses import asdict
+
+    from auto_round.schemes import preset_name_to_scheme
+
+    return _fields(asdict(preset_name_to_scheme(preset)))
+
+
+def _fields(settings: dict) -> tuple:
+    return settings["bits"], settings["group_size"], settings["data_type"], settings["act_bits"]

