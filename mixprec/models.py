@@ -94,7 +94,9 @@ def load_tokenizer(checkpoint: Checkpoint, model: Model):
         checkpoint.folder, trust_remote_code=model.trust_remote_code
     )
     if model.bos and tokenizer.bos_token_id is None:
-        raise ConfigError(f"model.bos=true: the tokenizer of {model.name} has no BOS token; accepted: false")
+        raise ConfigError(
+            f"model.bos=true: the tokenizer of {model.name} has no BOS token; accepted: false"
+        )
     return tokenizer
 
 
@@ -165,9 +167,16 @@ def _fingerprint(folder: Path, cache: Path) -> str:
                 known[key] = blob.name
             elif key not in known:
                 with blob.open("rb") as stream:
-                    known[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+                    known[key] = _sha256(stream)
             whole.update(f"{file.name}:{known[key]}\n".encode())
         aside = known_path.with_suffix(".tmp")
         aside.write_text(json.dumps(known, indent=1))
         aside.replace(known_path)
+    return whole.hexdigest()
+
+
+def _sha256(stream) -> str:
+    whole = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        whole.update(block)
     return whole.hexdigest()

@@ -67,7 +67,7 @@ def run(cell: Cell, cfg: Config) -> Outcome:
 
 def _compute(cell: Cell, cache: Path):
     """(result.json, allocation.json, samples) of one cell."""
-    from mixprec import data, models, quantize, provenance
+    from mixprec import data, models, provenance, quantize
     from mixprec.allocate import Request, allocate
     from mixprec.cell import digest
     from mixprec.evaluate import harness, kl
@@ -115,9 +115,7 @@ def _compute(cell: Cell, cache: Path):
             quantize.quantize_in_memory(model, allocation)
         else:
             device, dtype = model.device, model.dtype
-            exported = quantize.export(
-                model.cpu().bfloat16(), tokenizer, allocation, Path(folder)
-            )
+            exported = quantize.export(model.cpu().bfloat16(), tokenizer, allocation, Path(folder))
             del model
             gc.collect()
             notes["exported_bytes"] = sum(f.stat().st_size for f in exported.glob("*.safetensors"))
@@ -176,7 +174,11 @@ def _say(result: dict) -> None:
     divergence = "" if kl is None else f", KL {kl['mean']:.4f} nats/token"
     log.info(
         "  accuracy %.4f%s (n=%d)%s, %.3f bits, %.0f s",
-        mean["acc"], error, mean["n"], divergence, result["realised_bits"],
+        mean["acc"],
+        error,
+        mean["n"],
+        divergence,
+        result["realised_bits"],
         sum(result["seconds"].values()),
     )
 

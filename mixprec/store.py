@@ -45,10 +45,14 @@ class Store:
             return Stored("other", f"result.json cannot be read ({one_line(error)})")
         if stored_hash == cell.hash:
             return Stored("same")
-        return Stored("other", "; ".join(differences(settings, cell.settings)) or "its hash differs")
+        return Stored(
+            "other", "; ".join(differences(settings, cell.settings)) or "its hash differs"
+        )
 
     def start(self, cell: Cell) -> None:
-        self._status(cell, state="running", host=socket.gethostname(), pid=os.getpid(), started=_now())
+        self._status(
+            cell, state="running", host=socket.gethostname(), pid=os.getpid(), started=_now()
+        )
 
     def finish(self, cell: Cell, result: dict, allocation: dict, samples: pd.DataFrame) -> None:
         """Store a finished cell. Its result.json is the last file to appear."""

@@ -32,7 +32,7 @@ class _Progress:
     """What this process has been asked for and what became of it, by cell hash."""
 
     cells: list[Cell] = field(default_factory=list)
-    outcomes: dict[str, "object"] = field(default_factory=dict)
+    outcomes: dict[str, object] = field(default_factory=dict)
 
 
 _progress = _Progress()
@@ -65,7 +65,7 @@ def _composed(config: DictConfig) -> list[DictConfig]:
 def _announce(configs: list[DictConfig]) -> None:
     from mixprec import store
 
-    typed_configs = [typed(_without_hydra(config)) for config in configs]
+    typed_configs = [typed(without_hydra(config)) for config in configs]
     cells = list({cell.hash: cell for cell in map(cell_of, typed_configs)}.values())
     first = typed_configs[0]
     _progress.cells = cells
@@ -77,7 +77,7 @@ def run_one(config: DictConfig) -> None:
     """Hydra's task: one cell. Never raises for a cell that fails, so that the sweep goes on."""
     from mixprec import runner
 
-    cfg = typed(_without_hydra(config))
+    cfg = typed(without_hydra(config))
     cell = cell_of(cfg)
     if cell.hash in _progress.outcomes:
         return
@@ -99,7 +99,7 @@ def main(task: Callable[[], None]) -> int:
     return 1 if failed else 0
 
 
-def _without_hydra(config: DictConfig) -> DictConfig:
+def without_hydra(config: DictConfig) -> DictConfig:
     """The configuration as the typed one, without Hydra's own node, interpolations resolved."""
     copy = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     return OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(copy, resolve=True))

@@ -42,7 +42,7 @@ def log_cell(cell: Cell, result: dict, allocation: dict, cfg: Config) -> None:
         log.warning("  W&B: %s; the result is stored all the same", one_line(error))
 
 
-def log_tables(tables: dict[str, "object"], tracking: Tracking, results: str) -> None:
+def log_tables(tables: dict[str, object], tracking: Tracking, results: str) -> None:
     """The rendered tables (name -> pandas.DataFrame) as one run."""
     if tracking.mode == "off":
         return

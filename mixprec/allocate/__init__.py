@@ -48,9 +48,7 @@ def allocate(
     return allocation
 
 
-def fill(
-    layers: list[Layer], lowest: Scheme, higher: Scheme, budget: float
-) -> Allocation:
+def fill(layers: list[Layer], lowest: Scheme, higher: Scheme, budget: float) -> Allocation:
     """`higher` for whole layers from the first on, as long as the average stays within `budget`."""
     allocation = {layer.name: lowest.name for layer in layers}
     bits = sum(layer_bits(layer, lowest, count_scales=False) for layer in layers)

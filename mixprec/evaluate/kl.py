@@ -48,7 +48,10 @@ def divergence(model: torch.nn.Module, tokens: torch.Tensor, reference: Referenc
     head = model.get_output_embeddings()
     kls, agreements = [], []
     for row, hidden in tqdm(
-        zip(tokens, reference.hidden, strict=True), total=len(tokens), desc="KL to BF16", leave=False
+        zip(tokens, reference.hidden, strict=True),
+        total=len(tokens),
+        desc="KL to BF16",
+        leave=False,
     ):
         expected = _log_probabilities(head(hidden.to(head.weight.device)))
         actual = _log_probabilities(_forward(model, row)[1])

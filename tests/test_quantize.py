@@ -1,0 +1,105 @@
+"""The numbers are auto-round's own: weights bit for bit, and what comes out of the model."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, CACHE, configuration, tiny_overrides
+
+from mixprec import models, quantize
+from mixprec.schemes import SCHEMES
+
+
+def loaded(folder):
+    model = configuration(*tiny_overrides(folder)).model
+    checkpoint = models.checkpoint(model, CACHE)
+    return models.load(checkpoint, model), models.load_tokenizer(checkpoint, model)
+
+
+def mixed(model, low: str, high: str) -> dict[str, str]:
+    return {
+        layer.name: high if i % 3 == 0 else low
+        for i, layer in enumerate(models.quantized_layers(model))
+    }
+
+
+def by_auto_round(folder, allocation, monkeypatch, tmp_path):
+    """The model that auto-round quantizes by itself for the same allocation."""
+    from auto_round import AutoRound
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.chdir(tmp_path)  # it leaves a folder where it runs
+    others = {k: quantize._layer_settings(SCHEMES[v]) for k, v in allocation.items() if v != "mxfp4"}
+    compressor = AutoRound(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
+        AutoTokenizer.from_pretrained(folder),
+        scheme="MXFP4", layer_config=others, iters=0, disable_opt_rtn=True,
+        device_map="cpu", enable_torch_compile=False,
+    )  # fmt: skip
+    return compressor.quantize()[0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_weights_and_logits_are_auto_rounds(architecture, tiny, monkeypatch, tmp_path):
+    model, _ = loaded(tiny[architecture])
+    allocation = mixed(model, "mxfp4", "mxfp8")
+    reference = by_auto_round(tiny[architecture], allocation, monkeypatch, tmp_path)
+    quantize.quantize_in_memory(model, allocation)
+
+    theirs, ours = dict(reference.named_modules()), dict(model.named_modules())
+    for name in allocation:
+        weight = theirs[name].orig_layer.weight
+        assert torch.equal(ours[name].weight, weight.float()), name
+    assert torch.equal(ours["lm_head"].weight, theirs["lm_head"].weight.float())
+
+    tokens = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = reference.float()(tokens).logits
+        actual = model(tokens).logits
+    assert torch.equal(actual, expected)
+
+
+def test_rounding_changes_something(tiny):
+    model, _ = loaded(tiny["llama"])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    layers = [layer.name for layer in models.quantized_layers(model)]
+    quantize.quantize_in_memory(model, {name: "mxfp4" for name in layers})
+    for name, after in model.state_dict().items():
+        quantized = name.removesuffix(".weight") in layers
+        assert torch.equal(after, before[name]) != quantized, name
+
+
+def test_bf16_layers_are_left_alone(tiny):
+    model, _ = loaded(tiny["llama"])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    layers = [layer.name for layer in models.quantized_layers(model)]
+    quantize.quantize_in_memory(model, {name: "bf16" for name in layers})
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_head_and_embeddings_are_never_quantized(tiny):
+    for folder in tiny.values():
+        model, _ = loaded(folder)
+        names = [layer.name for layer in models.quantized_layers(model)]
+        assert len(names) == 21 and all(name.startswith("model.layers.") for name in names)
+        assert names[:7] == [
+            *(f"model.layers.0.self_attn.{p}_proj" for p in "qkvo"),
+            *(f"model.layers.0.mlp.{p}_proj" for p in ("gate", "up", "down")),
+        ]
+
+
+def test_a_mixed_weight_only_model_is_exported_and_reloaded(tiny, monkeypatch, tmp_path):
+    """Real files, real kernels: each layer comes back with its own bits and nearly its values."""
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = loaded(tiny["llama"])
+    allocation = mixed(model, "w4g32", "w8g32")
+    tokens = torch.randint(3, 200, (1, 40), generator=torch.Generator().manual_seed(0))
+    exact = model(tokens).logits
+    folder = quantize.export(model.bfloat16(), tokenizer, allocation, tmp_path / "export")
+    assert list(folder.glob("*.safetensors")) and not list(folder.glob("*.bin"))
+
+    reloaded = quantize.reload(folder, torch.device("cpu"), torch.float32)
+    modules = dict(reloaded.named_modules())
+    for name, scheme in allocation.items():
+        assert modules[name].bits == SCHEMES[scheme].bits, name
+    close = torch.nn.functional.cosine_similarity(reloaded(tokens).logits, exact, dim=-1)
+    assert close.min() > 0.9
