@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -227,8 +227,8 @@ def typed(cfg) -> Config:
 
 def cell_of(cfg: Config) -> Cell:
     """The cell that `cfg` asks for, or ConfigError. Loads no model and writes nothing."""
-    model, options, baseline, evaluation = cfg.model, cfg.options, cfg.baseline, cfg.eval
-    _check_model(model)
+    options, baseline, evaluation = cfg.options, cfg.baseline, cfg.eval
+    model = _checked_model(cfg.model)
     _check_eval(evaluation)
     _check_options(options)
     _check_baseline(baseline)
@@ -266,7 +266,8 @@ def is_folder(path: str) -> bool:
     return path.startswith(("/", "./", "../", "~")) or Path(path).expanduser().is_dir()
 
 
-def _check_model(model: Model) -> None:
+def _checked_model(model: Model) -> Model:
+    """`model` with a name."""
     _one_of("model.source", model.source, SOURCES)
     _one_of("model.dtype", model.dtype, DTYPES)
     _check_limit("model.limit", model.limit)
@@ -292,13 +293,16 @@ def _check_model(model: Model) -> None:
             "there, then set HF_TOKEN or run `hf auth login`"
         )
     if model.name is None:
-        # Two folders of the same base name must not share a place in results/.
-        where = (
-            str(Path(model.path).expanduser().resolve()) if is_folder(model.path) else model.path
-        )
-        base = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(where).name).strip("-.") or "model"
-        model.name = f"{base[:60]}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
+        model = replace(model, name=_name_of(model.path))
     _check_name("model.name", model.name)
+    return model
+
+
+def _name_of(path: str) -> str:
+    """A name for the model at `path`: two folders of the same base name get different ones."""
+    where = str(Path(path).expanduser().resolve()) if is_folder(path) else path
+    base = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(where).name).strip("-._")[:60] or "model"
+    return f"{base}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
 
 
 def _check_options(options: Options) -> None:

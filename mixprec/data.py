@@ -56,6 +56,7 @@ def _long_enough(
     texts: list[str], count: int, tokens: int, seed: int, tokenizer, key: str
 ) -> list[str]:
     """`count` texts of at least `tokens` tokens, by a fixed seed; short ones are joined."""
+
     def length(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
 

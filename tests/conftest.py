@@ -29,9 +29,7 @@ def cell(*overrides: str):
 
 def run(results: Path, *overrides: str) -> runner.Outcome:
     """Run one cell in this process, W&B off."""
-    cfg = configuration(
-        f"results='{results}'", f"cache='{CACHE}'", "tracking=off", *overrides
-    )
+    cfg = configuration(f"results='{results}'", f"cache='{CACHE}'", "tracking=off", *overrides)
     return runner.run(cell_of(cfg), cfg)
 
 

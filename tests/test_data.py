@@ -65,7 +65,9 @@ def test_the_five_tasks_are_whole(loaded):
     assert len(tasks.leaves["mmlu"]) == 57
 
 
-@pytest.mark.parametrize("name", ["piqa", "hellaswag", "winogrande", "lambada_openai", "mmlu_anatomy"])
+@pytest.mark.parametrize(
+    "name", ["piqa", "hellaswag", "winogrande", "lambada_openai", "mmlu_anatomy"]
+)
 def test_only_the_data_source_of_a_task_is_replaced(name, loaded):
     from lm_eval.tasks._yaml_loader import load_yaml
 

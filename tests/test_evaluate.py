@@ -44,7 +44,9 @@ def test_answers_are_those_of_plain_lm_eval(tiny):
             assert row.correct == bool(sample["acc"])
             assert row.doc_hash == sample["doc_hash"]
             document = tasks.manager.load(tasks.specs)["tasks"][task].eval_docs[sample["doc_id"]]
-            assert all(document[key] == value for key, value in sample["doc"].items() if key in document)
+            assert all(
+                document[key] == value for key, value in sample["doc"].items() if key in document
+            )
 
 
 def test_mmlu_is_micro_averaged_over_its_subjects():
@@ -55,7 +57,10 @@ def test_mmlu_is_micro_averaged_over_its_subjects():
 
 
 def test_the_mean_is_unweighted_over_tasks():
-    metrics = {"a": {"acc": 0.2, "stderr": 0.03, "n": 10}, "b": {"acc": 0.6, "stderr": 0.04, "n": 90}}
+    metrics = {
+        "a": {"acc": 0.2, "stderr": 0.03, "n": 10},
+        "b": {"acc": 0.6, "stderr": 0.04, "n": 90},
+    }
     assert harness.mean(metrics) == {"acc": 0.4, "stderr": pytest.approx(0.025), "n": 100}
 
 
@@ -88,7 +93,9 @@ def test_kl_is_its_definition(tiny, tmp_path):
     for parameter in model.model.layers.parameters():
         parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
     q = torch.log_softmax(model(tokens).logits, -1)
-    again = kl.Reference.of(model, tokens, tmp_path / "r.safetensors")  # from disk, not from `model`
+    again = kl.Reference.of(
+        model, tokens, tmp_path / "r.safetensors"
+    )  # from disk, not from `model`
     other = kl.divergence(model, tokens, again)
     per_token = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
     assert other["mean"] == pytest.approx(per_token.mean().item(), rel=1e-4)

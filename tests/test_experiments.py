@@ -9,7 +9,11 @@ import yaml
 from conftest import ROOT, cell, configuration
 
 GROUPS = ["model", "options", "baseline", "eval", "calibration", "tracking", "experiment"]
-FILES = [(group, file.stem) for group in GROUPS for file in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+FILES = [
+    (group, file.stem)
+    for group in GROUPS
+    for file in sorted((ROOT / "conf" / group).glob("*.yaml"))
+]
 
 
 @pytest.mark.parametrize(("group", "name"), FILES)
@@ -19,7 +23,11 @@ def test_it_composes(group, name):
     if group == "experiment":
         assert cfg.experiment == name
     elif name != "custom":
-        assert getattr(getattr(cfg, group), "name", name) == name or group in ("eval", "tracking", "calibration")
+        assert getattr(getattr(cfg, group), "name", name) == name or group in (
+            "eval",
+            "tracking",
+            "calibration",
+        )
 
 
 def test_a_model_says_where_its_documents_come_from():
@@ -30,7 +38,9 @@ def test_a_model_says_where_its_documents_come_from():
     assert packaged.eval.limit == packaged.model.limit > 0
 
 
-@pytest.mark.parametrize("model", ["llama31_8b", "qwen25_7b", "qwen3_8b", "qwen3_32b", "smollm2_135m"])
+@pytest.mark.parametrize(
+    "model", ["llama31_8b", "qwen25_7b", "qwen3_8b", "qwen3_32b", "smollm2_135m"]
+)
 @pytest.mark.parametrize("baseline", ["bf16", "low", "high", "ours", "head8", "tail8", "random"])
 def test_every_baseline_goes_with_every_model(model, baseline, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "x")
@@ -39,17 +49,30 @@ def test_every_baseline_goes_with_every_model(model, baseline, monkeypatch):
 
 def test_llama_gets_a_bos_token_and_qwen_does_not():
     assert configuration("model=llama31_8b").model.bos
-    assert not any(configuration(f"model={m}").model.bos for m in ("qwen25_7b", "qwen3_8b", "qwen3_32b"))
+    assert not any(
+        configuration(f"model={m}").model.bos for m in ("qwen25_7b", "qwen3_8b", "qwen3_32b")
+    )
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "conf/experiment").glob("*.yaml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "conf/experiment").glob("*.yaml")), ids=lambda f: f.stem
+)
 def test_an_experiment_says_why(file: Path):
     assert yaml.safe_load(file.read_text())["experiment"] == file.stem
     assert (ROOT / "experiments" / file.stem / "README.md").is_file()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job", "--resolve"], ["model=qwen3_8b", "budget=5", "--cfg", "job", "--resolve"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--cfg", "job", "--resolve"],
+        ["model=qwen3_8b", "budget=5", "--cfg", "job", "--resolve"],
+    ],
+)
 def test_it_explains_itself(arguments):
-    done = subprocess.run([sys.executable, "run.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "run.py", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0
     assert "mxfp4_mxfp8" in done.stdout and done.stderr == ""

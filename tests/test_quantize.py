@@ -27,7 +27,9 @@ def by_auto_round(folder, allocation, monkeypatch, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.chdir(tmp_path)  # it leaves a folder where it runs
-    others = {k: quantize._layer_settings(SCHEMES[v]) for k, v in allocation.items() if v != "mxfp4"}
+    others = {
+        k: quantize._layer_settings(SCHEMES[v]) for k, v in allocation.items() if v != "mxfp4"
+    }
     compressor = AutoRound(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
         AutoTokenizer.from_pretrained(folder),
@@ -61,7 +63,7 @@ def test_rounding_changes_something(tiny):
     model, _ = loaded(tiny["llama"])
     before = {k: v.clone() for k, v in model.state_dict().items()}
     layers = [layer.name for layer in models.quantized_layers(model)]
-    quantize.quantize_in_memory(model, {name: "mxfp4" for name in layers})
+    quantize.quantize_in_memory(model, dict.fromkeys(layers, "mxfp4"))
     for name, after in model.state_dict().items():
         quantized = name.removesuffix(".weight") in layers
         assert torch.equal(after, before[name]) != quantized, name
@@ -71,7 +73,7 @@ def test_bf16_layers_are_left_alone(tiny):
     model, _ = loaded(tiny["llama"])
     before = {k: v.clone() for k, v in model.state_dict().items()}
     layers = [layer.name for layer in models.quantized_layers(model)]
-    quantize.quantize_in_memory(model, {name: "bf16" for name in layers})
+    quantize.quantize_in_memory(model, dict.fromkeys(layers, "bf16"))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
 

@@ -8,13 +8,13 @@ here, one for each model's contents, options and calibration, with a lock around
 
 from __future__ import annotations
 
-import json
 import os
 
 from filelock import FileLock
 
 from mixprec import data, models
 from mixprec.cell import digest
+from mixprec.store import write_json
 
 
 def allocate(layers, schemes, budget, request) -> dict[str, str]:
@@ -25,22 +25,24 @@ def allocate(layers, schemes, budget, request) -> dict[str, str]:
         [checkpoint.fingerprint, [s.name for s in schemes], request.calibration.tokens, texts]
     )
     folder = (request.cache / "autoscheme" / f"{request.model.name}-{key[:16]}").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    # auto-round tries to read every JSON file beside its scores as scores, so the texts lie below.
+    texts_file = folder / "calibration" / "texts.json"
+    texts_file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         request.note("autoscheme_scores_stored", any(folder.glob("scheme_*.json")))
-        (folder / "calibration.json").write_text(json.dumps([{"text": text} for text in texts]))
-        chosen = _autoscheme(checkpoint, tokenizer, schemes, budget, request, folder)
+        write_json(texts_file, [{"text": text} for text in texts])
+        chosen = _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file)
     names = {_identity(scheme.preset): scheme.name for scheme in schemes}
     return {layer.name: names[_fields(chosen[layer.name])] for layer in layers}
 
 
-def _autoscheme(checkpoint, tokenizer, schemes, budget, request, folder) -> dict[str, dict]:
+def _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file) -> dict[str, dict]:
     """AutoScheme's own configuration of every layer."""
     import torch
     from auto_round import AutoRound, AutoScheme
     from transformers import AutoModelForCausalLM
 
-    dataset = str(folder / "calibration.json")
+    folder = texts_file.parent.parent
     previous = os.environ.get("AR_AUTO_SCHEME_CACHE")
     os.environ["AR_AUTO_SCHEME_CACHE"] = str(folder)
     try:
@@ -58,9 +60,9 @@ def _autoscheme(checkpoint, tokenizer, schemes, budget, request, folder) -> dict
                 ignore_scale_zp_bits=True,
                 nsamples=request.calibration.samples,
                 seqlen=request.calibration.tokens,
-                dataset=dataset,
+                dataset=str(texts_file),
             ),
-            dataset=dataset,
+            dataset=str(texts_file),
             iters=0,
             disable_opt_rtn=True,
             device_map="cuda" if torch.cuda.is_available() else "cpu",
