@@ -64,6 +64,18 @@ def load(checkpoint: Checkpoint, model: Model) -> torch.nn.Module:
     device is a CPU the arithmetic on them is float32, which is as fast as bfloat16 or faster there
     and exact on the same values.
     """
+    loaded = _from_pretrained(checkpoint, model, model.device_map)
+    if model.device_map is None:
+        loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    return loaded.to(arithmetic(model, loaded.device)).requires_grad_(False)
+
+
+def load_for_auto_round(checkpoint: Checkpoint, model: Model) -> torch.nn.Module:
+    """The same weights as auto-round wants them: bfloat16, on the CPU. It changes what it is given."""
+    return _from_pretrained(checkpoint, model, None)
+
+
+def _from_pretrained(checkpoint: Checkpoint, model: Model, device_map: str | None):
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(
@@ -71,12 +83,10 @@ def load(checkpoint: Checkpoint, model: Model) -> torch.nn.Module:
         dtype=torch.bfloat16,
         use_safetensors=True,
         trust_remote_code=model.trust_remote_code,
-        device_map=model.device_map,
-    ).eval()
+        device_map=device_map,
+    )
     _assert_no_hub_kernels()
-    if model.device_map is None:
-        loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-    return loaded.to(arithmetic(model, loaded.device)).requires_grad_(False)
+    return loaded.eval()
 
 
 def arithmetic(model: Model, device: torch.device) -> torch.dtype:

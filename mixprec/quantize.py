@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mixprec.schemes import Scheme, scheme_named
+from mixprec.schemes import BF16, Scheme, scheme_named
 
 # The kernel for exported models by device type (auto-round's name for it); None: auto-round chooses.
 # On a CPU its plain torch kernel is 30 times slower than `ark` from auto-round-lib.
@@ -38,25 +38,44 @@ def rounding(scheme: Scheme) -> Callable[[torch.Tensor], torch.Tensor]:
     return rounded
 
 
-def quantize_in_memory(model: torch.nn.Module, allocation: dict[str, str]) -> None:
-    """Round the weights of `model`'s linears in place and their inputs at every call (MX schemes).
+class InMemory:
+    """A model whose linears are rounded in place, to one MX allocation after another.
 
-    The same numbers as `AutoRound(..., iters=0, disable_opt_rtn=True).quantize()` for the same
+    The reference weights of layers that were rounded are kept beside the model, in bfloat16 on the
+    CPU, so that the next allocation rounds only the layers whose scheme changes.
+
+    The numbers are those of `AutoRound(..., iters=0, disable_opt_rtn=True).quantize()` for the same
     allocation (tests/test_quantize.py), without its passes over calibration data.
     """
-    modules = dict(model.named_modules())
-    for name, scheme_name in allocation.items():
-        scheme = scheme_named(scheme_name)
-        if scheme.name == "bf16":
-            continue
-        round_to = rounding(scheme)
-        weight = modules[name].weight
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self._modules = dict(model.named_modules())
+        self._reference: dict[str, torch.Tensor] = {}
+        self._scheme: dict[str, str] = {}
+        self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
+
+    def apply(self, allocation: dict[str, str]) -> None:
+        """Round weights now and inputs at every call; layers in bf16 get their reference back."""
+        for name, scheme_name in allocation.items():
+            if scheme_name != self._scheme.get(name, BF16.name):
+                self._set(name, scheme_named(scheme_name))
+
+    def _set(self, name: str, scheme: Scheme) -> None:
+        module = self._modules[name]
+        if name not in self._reference:
+            self._reference[name] = module.weight.data.to("cpu", torch.bfloat16, copy=True)
+        if name in self._hooks:
+            self._hooks.pop(name).remove()
         # The checkpoint's weights are bfloat16; an MX value of a bfloat16 group is one again.
-        weight.data.copy_(round_to(weight.data.to(torch.bfloat16)))
+        weight = self._reference[name].to(module.weight.device)
+        module.weight.data.copy_(weight if scheme is BF16 else rounding(scheme)(weight))
         if scheme.activations:
-            modules[name].register_forward_pre_hook(
-                lambda _, inputs, round_to=round_to: (round_to(inputs[0]), *inputs[1:])
+            round_to = rounding(scheme)
+            self._hooks[name] = module.register_forward_pre_hook(
+                lambda _, inputs: (round_to(inputs[0]), *inputs[1:])
             )
+        self._scheme[name] = scheme.name
 
 
 def export(model: torch.nn.Module, tokenizer, allocation: dict[str, str], folder: Path) -> Path:

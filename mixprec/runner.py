@@ -11,37 +11,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixprec.cell import Cell, Config, check_divides
-from mixprec.store import Store, one_line
+import torch
+
+from mixprec import data, models, provenance, quantize, tracking
+from mixprec.allocate import Request, allocate
+from mixprec.cell import Cell, Config, check_divides, digest
+from mixprec.evaluate import harness, kl
+from mixprec.models import Checkpoint
+from mixprec.schemes import BF16, Layer, realised_bits
+from mixprec.store import Outcome, Store, one_line
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a cell: `done`, `stored` (it was there already) or `failed` (and why)."""
-
-    cell: Cell
-    state: str
-    message: str = ""
-
-    @property
-    def failed(self) -> bool:
-        return self.state == "failed"
-
-
 def run(cell: Cell, cfg: Config) -> Outcome:
-    """Run `cell` unless it is stored. A fault in it is noted and returned, never raised."""
+    """Run `cell` and store its result. A fault in it is noted and returned, never raised."""
     store = Store(Path(cfg.results))
-    stored = store.look_up(cell)
-    if not cfg.force:
-        if stored.state == "same":
-            log.info("  stored already")
-            return Outcome(cell, "stored")
-        if stored.state == "other":
-            message = f"another result is stored there: {stored.why}; force=true reruns it"
-            log.error("  %s", message)
-            return Outcome(cell, "failed", message)
     try:
         store.start(cell)
         result, allocation, samples = _compute(cell, Path(cfg.cache))
@@ -50,6 +35,7 @@ def run(cell: Cell, cfg: Config) -> Outcome:
         store.fail(cell, "interrupted")
         raise
     except Exception as error:
+        forget()  # whatever state the model is in
         message = one_line(error)
         log.error("  failed: %s", message)
         log.debug("", exc_info=True)  # shown with hydra.verbose=true
@@ -59,20 +45,12 @@ def run(cell: Cell, cfg: Config) -> Outcome:
             log.error("  and status.json could not be written: %s", one_line(second))
         return Outcome(cell, "failed", message)
     _say(result)
-    from mixprec import tracking
-
     tracking.log_cell(cell, result, allocation, cfg)
     return Outcome(cell, "done")
 
 
 def _compute(cell: Cell, cache: Path):
     """(result.json, allocation.json, samples) of one cell."""
-    from mixprec import data, models, provenance, quantize
-    from mixprec.allocate import Request, allocate
-    from mixprec.cell import digest
-    from mixprec.evaluate import harness, kl
-    from mixprec.schemes import realised_bits
-
     seconds: dict[str, float] = {}
     notes: dict[str, object] = {}
     provenance.reset_peak_memory()
@@ -85,20 +63,19 @@ def _compute(cell: Cell, cache: Path):
         seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - start, 2)
 
     with stage("load"):
-        checkpoint = models.checkpoint(cell.model, cache)
-        tokenizer = models.load_tokenizer(checkpoint, cell.model)
-        model = models.load(checkpoint, cell.model)
-        layers = models.quantized_layers(model)
+        loaded = _load(cell, cache)
+        model, tokenizer, layers = loaded.model, loaded.tokenizer, loaded.layers
         for layer in layers if cell.options else ():
             check_divides(
                 layer.in_features, cell.options.schemes, cell.options.name, str(cell.model.name)
             )
+        loaded.in_memory.apply({layer.name: BF16.name for layer in layers})
 
     reference = None
     if cell.eval.kl.sequences:
         with stage("reference"):
             tokens = data.heldout_tokens(cell.eval, tokenizer, cell.model.bos, cache)
-            key = digest([checkpoint.fingerprint, tokens.tolist(), str(model.dtype)])
+            key = digest([loaded.checkpoint.fingerprint, tokens.tolist(), str(model.dtype)])
             file = cache / "reference" / f"{cell.model.name}-{key[:16]}.safetensors"
             reference = kl.Reference.of(model, tokens, file)
 
@@ -108,19 +85,11 @@ def _compute(cell: Cell, cache: Path):
         )
         allocation = allocate(layers, cell.schemes, cell.budget, request)
 
-    with stage("quantize"), tempfile.TemporaryDirectory(dir=_made(cache / "exports")) as folder:
-        if cell.options is None:
-            pass
-        elif cell.schemes[0].family == "mx":
-            quantize.quantize_in_memory(model, allocation)
+    with stage("quantize"):
+        if cell.options is None or cell.schemes[0].family == "mx":
+            loaded.in_memory.apply(allocation)
         else:
-            device, dtype = model.device, model.dtype
-            exported = quantize.export(model.cpu().bfloat16(), tokenizer, allocation, Path(folder))
-            del model
-            gc.collect()
-            notes["exported_bytes"] = sum(f.stat().st_size for f in exported.glob("*.safetensors"))
-            notes["backend"] = quantize.BACKENDS.get(device.type) or "auto"
-            model = quantize.reload(exported, device, dtype)
+            model = _exported(loaded, cell, allocation, cache, notes)
 
     divergence = None
     if reference is not None:
@@ -154,8 +123,8 @@ def _compute(cell: Cell, cache: Path):
             **provenance.collect(),
             "arithmetic": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
-            "model_revision": checkpoint.revision,
-            "model_hash": checkpoint.fingerprint,
+            "model_revision": loaded.checkpoint.revision,
+            "model_hash": loaded.checkpoint.fingerprint,
             "documents": harness.documents_hash(samples),
         },
     }
@@ -166,6 +135,56 @@ def _compute(cell: Cell, cache: Path):
         "layers": allocation,
     }
     return result, allocation_json, samples
+
+
+@dataclass
+class _Loaded:
+    """The reference model of a checkpoint, kept for the next cell of the same model."""
+
+    key: dict
+    checkpoint: Checkpoint
+    tokenizer: object
+    model: torch.nn.Module
+    layers: list[Layer]
+    in_memory: quantize.InMemory
+
+
+_kept: _Loaded | None = None
+
+
+def _load(cell: Cell, cache: Path) -> _Loaded:
+    global _kept
+    checkpoint = models.checkpoint(cell.model, cache)
+    key = {"fingerprint": checkpoint.fingerprint, **cell.settings["model"]}
+    if _kept is None or _kept.key != key:
+        forget()  # two models need not fit side by side
+        tokenizer = models.load_tokenizer(checkpoint, cell.model)
+        model = models.load(checkpoint, cell.model)
+        layers = models.quantized_layers(model)
+        _kept = _Loaded(key, checkpoint, tokenizer, model, layers, quantize.InMemory(model))
+    return _kept
+
+
+def forget() -> None:
+    """Drop the model that is kept between cells."""
+    global _kept
+    _kept = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _exported(loaded: _Loaded, cell: Cell, allocation: dict, cache: Path, notes: dict):
+    """A model that was written to disk with real integer weights and read back."""
+    folder = cache / "exports"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        source = models.load_for_auto_round(loaded.checkpoint, cell.model)
+        exported = quantize.export(source, loaded.tokenizer, allocation, Path(place))
+        notes["exported_bytes"] = sum(f.stat().st_size for f in exported.glob("*.safetensors"))
+        device = loaded.model.device
+        notes["backend"] = quantize.BACKENDS.get(device.type) or "auto"
+        return quantize.reload(exported, device, loaded.model.dtype)
 
 
 def _say(result: dict) -> None:
@@ -181,8 +200,3 @@ def _say(result: dict) -> None:
         result["realised_bits"],
         sum(result["seconds"].values()),
     )
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from mixprec.cell import Cell, differences
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,19 @@ class Stored:
 
     state: str
     why: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell: `done`, `stored` (it was there already) or `failed` (and why)."""
+
+    cell: Cell
+    state: str
+    message: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.state == "failed"
 
 
 class Store:
@@ -49,12 +63,22 @@ class Store:
             "other", "; ".join(differences(settings, cell.settings)) or "its hash differs"
         )
 
+    def settled(self, cell: Cell) -> Outcome | None:
+        """The outcome of a cell that need not or must not be run; None: run it."""
+        stored = self.look_up(cell)
+        if stored.state == "missing":
+            return None
+        if stored.state == "same":
+            return Outcome(cell, "stored")
+        message = f"another result is stored there: {stored.why}; force=true reruns it"
+        return Outcome(cell, "failed", message)
+
     def start(self, cell: Cell) -> None:
         self._status(
             cell, state="running", host=socket.gethostname(), pid=os.getpid(), started=_now()
         )
 
-    def finish(self, cell: Cell, result: dict, allocation: dict, samples: pd.DataFrame) -> None:
+    def finish(self, cell: Cell, result: dict, allocation: dict, samples: pandas.DataFrame) -> None:
         """Store a finished cell. Its result.json is the last file to appear."""
         folder = self.folder(cell)
         _json(result), _json(allocation)  # raises before anything that is stored is touched

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mixprec.cell import Cell, Config, ConfigError, cell_of, typed
+from mixprec.store import Outcome, Store
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class _Progress:
     """What this process has been asked for and what became of it, by cell hash."""
 
     cells: list[Cell] = field(default_factory=list)
-    outcomes: dict[str, object] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
 
 
 _progress = _Progress()
@@ -63,27 +64,36 @@ def _composed(config: DictConfig) -> list[DictConfig]:
 
 
 def _announce(configs: list[DictConfig]) -> None:
-    from mixprec import store
-
     typed_configs = [typed(without_hydra(config)) for config in configs]
     cells = list({cell.hash: cell for cell in map(cell_of, typed_configs)}.values())
     first = typed_configs[0]
     _progress.cells = cells
     if first.experiment:
-        store.Store(Path(first.results)).add_to_plan(first.experiment, cells)
+        Store(Path(first.results)).add_to_plan(first.experiment, cells)
 
 
 def run_one(config: DictConfig) -> None:
     """Hydra's task: one cell. Never raises for a cell that fails, so that the sweep goes on."""
-    from mixprec import runner
-
     cfg = typed(without_hydra(config))
     cell = cell_of(cfg)
     if cell.hash in _progress.outcomes:
         return
     place = [other.hash for other in _progress.cells].index(cell.hash) + 1
     log.info("[%d/%d] %s", place, len(_progress.cells), cell)
-    _progress.outcomes[cell.hash] = runner.run(cell, cfg)
+    _progress.outcomes[cell.hash] = run_cell(cell, cfg)
+
+
+def run_cell(cell: Cell, cfg: Config) -> Outcome:
+    """Run `cell` unless it is stored."""
+    settled = None if cfg.force else Store(Path(cfg.results)).settled(cell)
+    if settled is not None:
+        log.log(
+            logging.ERROR if settled.failed else logging.INFO, "  %s", settled.message or "stored"
+        )
+        return settled
+    from mixprec import runner  # and with it torch: seconds that a stored sweep need not wait for
+
+    return runner.run(cell, cfg)
 
 
 def main(task: Callable[[], None]) -> int:

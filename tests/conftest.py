@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from mixprec import runner, sweep
 from mixprec.cell import cell_of, typed
+from mixprec.store import Outcome
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,10 +28,16 @@ def cell(*overrides: str):
     return cell_of(configuration(*overrides))
 
 
-def run(results: Path, *overrides: str) -> runner.Outcome:
+def run(results: Path, *overrides: str) -> Outcome:
     """Run one cell in this process, W&B off."""
     cfg = configuration(f"results='{results}'", f"cache='{CACHE}'", "tracking=off", *overrides)
-    return runner.run(cell_of(cfg), cfg)
+    return sweep.run_cell(cell_of(cfg), cfg)
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    """The runner keeps a model for the next cell; a test must not inherit one."""
+    runner.forget()
 
 
 @pytest.fixture(scope="session")

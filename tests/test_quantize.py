@@ -44,7 +44,7 @@ def test_weights_and_logits_are_auto_rounds(architecture, tiny, monkeypatch, tmp
     model, _ = loaded(tiny[architecture])
     allocation = mixed(model, "mxfp4", "mxfp8")
     reference = by_auto_round(tiny[architecture], allocation, monkeypatch, tmp_path)
-    quantize.quantize_in_memory(model, allocation)
+    quantize.InMemory(model).apply(allocation)
 
     theirs, ours = dict(reference.named_modules()), dict(model.named_modules())
     for name in allocation:
@@ -63,7 +63,7 @@ def test_rounding_changes_something(tiny):
     model, _ = loaded(tiny["llama"])
     before = {k: v.clone() for k, v in model.state_dict().items()}
     layers = [layer.name for layer in models.quantized_layers(model)]
-    quantize.quantize_in_memory(model, dict.fromkeys(layers, "mxfp4"))
+    quantize.InMemory(model).apply(dict.fromkeys(layers, "mxfp4"))
     for name, after in model.state_dict().items():
         quantized = name.removesuffix(".weight") in layers
         assert torch.equal(after, before[name]) != quantized, name
@@ -73,9 +73,38 @@ def test_bf16_layers_are_left_alone(tiny):
     model, _ = loaded(tiny["llama"])
     before = {k: v.clone() for k, v in model.state_dict().items()}
     layers = [layer.name for layer in models.quantized_layers(model)]
-    quantize.quantize_in_memory(model, dict.fromkeys(layers, "bf16"))
+    quantize.InMemory(model).apply(dict.fromkeys(layers, "bf16"))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_one_allocation_after_another_is_as_good_as_a_fresh_model(tiny):
+    tokens = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
+    model, _ = loaded(tiny["qwen3"])
+    exact = model(tokens).logits
+    in_memory = quantize.InMemory(model)
+    for schemes in (("mxfp4", "mxfp8"), ("bf16", "mxfp4"), ("mxfp8", "bf16")):
+        in_memory.apply(mixed(model, *schemes))
+        fresh, _ = loaded(tiny["qwen3"])
+        quantize.InMemory(fresh).apply(mixed(fresh, *schemes))
+        assert torch.equal(model(tokens).logits, fresh(tokens).logits)
+    in_memory.apply({layer.name: "bf16" for layer in models.quantized_layers(model)})
+    assert torch.equal(model(tokens).logits, exact)
+
+
+def test_only_layers_whose_scheme_changes_are_rounded_again(tiny, monkeypatch):
+    model, _ = loaded(tiny["qwen3"])
+    in_memory = quantize.InMemory(model)
+    allocation = mixed(model, "mxfp4", "mxfp8")
+    in_memory.apply(allocation)
+    rounded = []
+    original = in_memory._set
+    monkeypatch.setattr(
+        in_memory, "_set", lambda name, s: rounded.append(name) or original(name, s)
+    )
+    name = next(iter(allocation))
+    in_memory.apply({**allocation, name: "mxfp4"})
+    assert rounded == [name]
 
 
 def test_the_head_and_embeddings_are_never_quantized(tiny):

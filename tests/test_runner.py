@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from conftest import ARCHITECTURES, CACHE, ROOT, cell, run, tiny_overrides
 
-from mixprec import models
+from mixprec import models, runner
 from mixprec.allocate import Request, allocate
 
 
@@ -64,6 +64,23 @@ def test_a_stored_cell_is_not_run_again(tiny, tmp_path, monkeypatch):
     assert "eval.seed: 1234 -> 5" in other.message and "force=true" in other.message
     assert (tmp_path / first.cell.path / "result.json").read_bytes() == before
     assert json.loads((tmp_path / first.cell.path / "status.json").read_text())["state"] == "done"
+
+
+def test_the_model_is_loaded_once_for_many_cells(tiny, tmp_path, monkeypatch):
+    original, loads = models.load, []
+    monkeypatch.setattr(models, "load", lambda *a: loads.append(1) or original(*a))
+    overrides = tiny_overrides(tiny["llama"])
+    together = [
+        result_of(tmp_path / "together", run(tmp_path / "together", *overrides, f"baseline={name}"))
+        for name in ("low", "bf16", "tail8", "high")
+    ]
+    assert len(loads) == 1
+    for name, result in zip(("low", "bf16", "tail8", "high"), together, strict=True):
+        runner.forget()
+        alone = result_of(
+            tmp_path / "alone", run(tmp_path / "alone", *overrides, f"baseline={name}")
+        )
+        assert (alone["metrics"], alone["kl"]) == (result["metrics"], result["kl"])
 
 
 def test_force_runs_it_again_with_the_same_result(tiny, tmp_path):

@@ -40,19 +40,13 @@ def _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file) -> 
     """AutoScheme's own configuration of every layer."""
     import torch
     from auto_round import AutoRound, AutoScheme
-    from transformers import AutoModelForCausalLM
 
     folder = texts_file.parent.parent
     previous = os.environ.get("AR_AUTO_SCHEME_CACHE")
     os.environ["AR_AUTO_SCHEME_CACHE"] = str(folder)
     try:
         compressor = AutoRound(
-            AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder,
-                dtype=torch.bfloat16,
-                use_safetensors=True,
-                trust_remote_code=request.model.trust_remote_code,
-            ),
+            models.load_for_auto_round(checkpoint, request.model),
             tokenizer,
             scheme=AutoScheme(
                 avg_bits=budget,
