@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from mixprec.rounding import round_mx
 from mixprec.schemes import BF16, Scheme, scheme_named
 
 # The kernel for exported models by device type (auto-round's name for it); None: auto-round chooses.
 # On a CPU its plain torch kernel is 30 times slower than `ark` from auto-round-lib.
 BACKENDS = {"cpu": "ark", "cuda": None}
-
-
-@functools.cache
-def rounding(scheme: Scheme) -> Callable[[torch.Tensor], torch.Tensor]:
-    """auto-round's own rounding to nearest in `scheme`: a tensor to its de-quantized self.
-
-    Groups lie along the last dimension, whose length the group size must divide. The result has the
-    input's shape and dtype.
-    """
-    from auto_round.data_type.utils import get_quant_func
-    from auto_round.schemes import preset_name_to_scheme
-
-    preset = preset_name_to_scheme(scheme.preset)
-    function, data_type = get_quant_func(preset.data_type, preset.bits, preset.sym, True)
-
-    @torch.no_grad()
-    def rounded(tensor: torch.Tensor) -> torch.Tensor:
-        return function(
-            tensor, bits=preset.bits, group_size=preset.group_size, data_type=data_type
-        )[0]
-
-    return rounded
 
 
 class InMemory:
@@ -54,6 +31,9 @@ class InMemory:
         self._reference: dict[str, torch.Tensor] = {}
         self._scheme: dict[str, str] = {}
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self._input: torch.Tensor | None = None  # the last one that was rounded
+        self._version = 0
+        self._by_bits: dict[int, torch.Tensor] = {}
 
     def apply(self, allocation: dict[str, str]) -> None:
         """Round weights now and inputs at every call; layers in bf16 get their reference back."""
@@ -69,13 +49,20 @@ class InMemory:
             self._hooks.pop(name).remove()
         # The checkpoint's weights are bfloat16; an MX value of a bfloat16 group is one again.
         weight = self._reference[name].to(module.weight.device)
-        module.weight.data.copy_(weight if scheme is BF16 else rounding(scheme)(weight))
+        module.weight.data.copy_(weight if scheme is BF16 else round_mx(weight, scheme.bits))
         if scheme.activations:
-            round_to = rounding(scheme)
             self._hooks[name] = module.register_forward_pre_hook(
-                lambda _, inputs: (round_to(inputs[0]), *inputs[1:])
+                lambda _, inputs: (self._rounded(inputs[0], scheme.bits), *inputs[1:])
             )
         self._scheme[name] = scheme.name
+
+    def _rounded(self, tensor: torch.Tensor, bits: int) -> torch.Tensor:
+        """Rounded input of a linear; q, k and v, or gate and up, have the same and share it."""
+        if tensor is not self._input or tensor._version != self._version:
+            self._input, self._version, self._by_bits = tensor, tensor._version, {}
+        if bits not in self._by_bits:
+            self._by_bits[bits] = round_mx(tensor, bits)
+        return self._by_bits[bits]
 
 
 def export(model: torch.nn.Module, tokenizer, allocation: dict[str, str], folder: Path) -> Path:
