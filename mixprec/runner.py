@@ -96,7 +96,7 @@ def _compute(cell: Cell, cache: Path):
         with stage("kl"):
             divergence = kl.divergence(model, tokens, reference)
     with stage("evaluate"):
-        metrics, samples = harness.accuracy(model, tokenizer, cell, cache)
+        metrics, samples, tokens_run = harness.accuracy(model, tokenizer, cell, cache)
 
     bits = realised_bits(layers, allocation)
     bits_with_scales = realised_bits(layers, allocation, count_scales=True)
@@ -116,6 +116,7 @@ def _compute(cell: Cell, cache: Path):
             "layers_by_scheme": dict(sorted(Counter(allocation.values()).items())),
             "kept_in_bf16": "lm_head and embeddings" if cell.options else "everything",
         },
+        "evaluated_tokens": tokens_run,
         "notes": notes,
         "seconds": seconds,
         "peak_memory_bytes": provenance.peak_memory(),

