@@ -176,7 +176,9 @@ def split_texts(texts: list[str]) -> dict[str, list[str]]:
     first_with: dict[str, int] = {}
     for index, text in enumerate(texts):
         for gram in word_grams(text, SHARED_WORDS):
-            parent[root(index)] = root(first_with.setdefault(gram, index))
+            # The smallest index is the root: a set has another order in every process.
+            a, b = sorted((root(index), root(first_with.setdefault(gram, index))))
+            parent[b] = a
     splits: dict[str, list[str]] = {name: [] for name in SPLITS}
     bounds = np.cumsum(list(SPLITS.values()))
     for index, text in enumerate(texts):

@@ -11,5 +11,7 @@ os.environ["USE_HUB_KERNELS"] = "0"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Hydra would print and exit by itself; sweep.main() turns its errors into one line.
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+# A bar for each of sixty small files that are converted once.
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 # auto-round prints some thirty lines a scoring below that.
 os.environ.setdefault("AR_LOG_LEVEL", "WARNING")

@@ -70,7 +70,7 @@ def export(model: torch.nn.Module, tokenizer, allocation: dict[str, str], folder
 
     model: the reference, in bfloat16; it is consumed. Returns the folder with the checkpoint.
     """
-    from auto_round import AutoRound
+    from auto_round import AutoRound, RTNConfig
 
     lowest = min({scheme_named(name) for name in allocation.values()}, key=lambda s: s.bits)
     others = {
@@ -83,8 +83,8 @@ def export(model: torch.nn.Module, tokenizer, allocation: dict[str, str], folder
         tokenizer,
         scheme=lowest.preset,
         layer_config=others,
+        alg_configs=RTNConfig(disable_opt_rtn=True),  # to nearest: no search for scales
         iters=0,
-        disable_opt_rtn=True,  # rounding to nearest, without auto-round's search for scales
         enable_torch_compile=False,
     )
     compressor.quantize_and_save(str(folder), format="auto_round")

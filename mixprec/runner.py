@@ -127,6 +127,7 @@ def _compute(cell: Cell, cache: Path):
             "model_revision": loaded.checkpoint.revision,
             "model_hash": loaded.checkpoint.fingerprint,
             "documents": harness.documents_hash(samples),
+            "heldout_text": None if reference is None else digest(tokens.tolist()),
         },
     }
     allocation_json = {

@@ -1,9 +1,13 @@
 """Text and documents: converted faithfully, chosen reproducibly, and never shared."""
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-from conftest import CACHE, configuration
+from conftest import CACHE, ROOT, configuration
 
 from mixprec import data, models
 from mixprec.cell import FIVE_TASKS, ConfigError
@@ -48,6 +52,40 @@ def test_neither_calibration_nor_heldout_text_is_in_an_evaluated_document(texts,
         for document in task.eval_docs:
             words = " ".join(str(value) for value in document.values())
             assert not data.word_grams(words, data.SHARED_WORDS) & of_texts
+
+
+def test_the_splits_are_the_same_in_every_process():
+    """Strings hash differently in every process, so a set of them has another order."""
+    program = (
+        "import sys, json, hashlib; sys.path.insert(0, '.')\n"
+        "from mixprec.data import split_texts\n"
+        "run = lambda k: ' '.join(f'w{k}-{i}' for i in range(20))\n"
+        "pairs = [(run(2 * k), run(2 * k + 1)) for k in range(40)]\n"
+        "texts = [t for a, b in pairs for t in (a, b, a + ' ' + b)]  # the third joins the two\n"
+        "print(hashlib.sha256(json.dumps(split_texts(texts)).encode()).hexdigest())"
+    )
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in "12345"
+    }  # fmt: skip
+    assert len(seen) == 1
+
+
+def test_the_packaged_splits_are_these(texts):
+    """What every committed KL stands on; a change here makes them incomparable."""
+    assert {name: len(split) for name, split in texts.items()} == {
+        "calibration": 1524,
+        "selection": 552,
+        "report": 862,
+    }
+    assert (
+        hashlib.sha256("\n".join(texts["report"]).encode())
+        .hexdigest()
+        .startswith("585b9c3b8d1d2f69")
+    )
 
 
 def test_overlap_would_be_found():

@@ -6,7 +6,7 @@ import sys
 
 import pandas as pd
 import pytest
-from conftest import CACHE, ROOT
+from conftest import CACHE, ROOT, configuration
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
@@ -70,3 +70,28 @@ def test_a_sweep_with_a_failing_cell_ends_with_1_and_a_summary(sweep):
     assert "1 cells run, 0 were stored, 1 failed" in done.stdout
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("failed: ")]
     assert "low: another result is stored there: eval.seed: 1234 -> 9; force=true reruns it" in line
+
+
+def test_bf16s_answers_are_those_of_plain_lm_eval(sweep):
+    """The same documents, the model loaded by lm-eval itself, its `hf` model with its own settings."""
+    import lm_eval
+
+    from mixprec.evaluate.tasks import tasks_of
+
+    results, arguments, _ = sweep
+    one = configuration(*[a for a in arguments[2:] if "experiment" not in a])
+    tasks = tasks_of(one.eval, CACHE)
+    plain = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(CACHE / "models/smollm2_135m"), "dtype": "float32"},
+        device="cpu", batch_size=8, tasks=tasks.specs, task_manager=tasks.manager,
+        samples=tasks.documents, bootstrap_iters=0,
+    )  # fmt: skip
+    stored = pd.read_parquet(next(results.rglob("bf16/samples.parquet")))
+    assert len(stored) == 12
+    for row in stored.itertuples():
+        (theirs,) = [s for s in plain["samples"][row.leaf] if s["doc_id"] == row.doc_id]
+        assert theirs["doc_hash"] == row.doc_hash
+        expected = [response[0] for response in theirs["filtered_resps"]]
+        assert list(row.loglikelihoods) == pytest.approx(expected, rel=1e-4)
+        assert bool(theirs["acc"]) == row.correct

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
 
-from mixprec import models, quantize
 from mixprec.evaluate import shared_prefix
 
 WORDS = 200  # tokens of the requests are below this

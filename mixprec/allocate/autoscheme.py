@@ -39,7 +39,7 @@ def allocate(layers, schemes, budget, request) -> dict[str, str]:
 def _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file) -> dict[str, dict]:
     """AutoScheme's own configuration of every layer."""
     import torch
-    from auto_round import AutoRound, AutoScheme
+    from auto_round import AutoRound, AutoScheme, RTNConfig
 
     folder = texts_file.parent.parent
     previous = os.environ.get("AR_AUTO_SCHEME_CACHE")
@@ -57,8 +57,8 @@ def _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file) -> 
                 dataset=str(texts_file),
             ),
             dataset=str(texts_file),
+            alg_configs=RTNConfig(disable_opt_rtn=True),
             iters=0,
-            disable_opt_rtn=True,
             device_map="cuda" if torch.cuda.is_available() else "cpu",
             enable_torch_compile=False,
         )
