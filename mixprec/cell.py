@@ -120,6 +120,7 @@ class Config:
     budget: Optional[float] = None
     seed: int = 0
     force: bool = False
+    profile: bool = False
     experiment: Optional[str] = None
     results: str = "results"
     cache: str = ".cache"

@@ -18,6 +18,7 @@ from mixprec.allocate import Request, allocate
 from mixprec.cell import Cell, Config, check_divides, digest
 from mixprec.evaluate import harness, kl
 from mixprec.models import Checkpoint
+from mixprec.profile import profile
 from mixprec.schemes import BF16, Layer, realised_bits
 from mixprec.store import Outcome, Store, one_line
 
@@ -29,7 +30,7 @@ def run(cell: Cell, cfg: Config) -> Outcome:
     store = Store(Path(cfg.results))
     try:
         store.start(cell)
-        result, allocation, samples = _compute(cell, Path(cfg.cache))
+        result, allocation, samples = _compute(cell, Path(cfg.cache), cfg.profile)
         store.finish(cell, result, allocation, samples)
     except KeyboardInterrupt:
         store.fail(cell, "interrupted")
@@ -49,7 +50,7 @@ def run(cell: Cell, cfg: Config) -> Outcome:
     return Outcome(cell, "done")
 
 
-def _compute(cell: Cell, cache: Path):
+def _compute(cell: Cell, cache: Path, profiled: bool):
     """(result.json, allocation.json, samples) of one cell."""
     seconds: dict[str, float] = {}
     notes: dict[str, object] = {}
@@ -117,6 +118,9 @@ def _compute(cell: Cell, cache: Path):
             "kept_in_bf16": "lm_head and embeddings" if cell.options else "everything",
         },
         "evaluated_tokens": tokens_run,
+        "profile": profile(model, layers, tokens_run, seconds["evaluate"])
+        if profiled and tokens_run
+        else None,
         "notes": notes,
         "seconds": seconds,
         "peak_memory_bytes": provenance.peak_memory(),
@@ -190,6 +194,21 @@ def _exported(loaded: _Loaded, cell: Cell, allocation: dict, cache: Path, notes:
 
 
 def _say(result: dict) -> None:
+    if result["profile"]:
+        log.info("  seconds: %s", ", ".join(f"{k} {v:g}" for k, v in result["seconds"].items()))
+        log.info(
+            "  tokens: %(run)d run of %(asked)d asked, %(padded)d padding, %(rows)d in the head",
+            result["evaluated_tokens"],
+        )
+        log.info(
+            "  %(tokens_per_second).0f tokens/s, %(utilisation).0f %% of the machine's matrix-product "
+            "peak of %(peak).0f GFLOP/s",
+            {
+                "tokens_per_second": result["profile"]["tokens_per_second"],
+                "utilisation": 100 * result["profile"]["utilisation"],
+                "peak": result["profile"]["peak_flop_per_second"] / 1e9,
+            },
+        )
     mean, kl = result["mean"], result["kl"]
     error = "" if mean["stderr"] is None else f" ± {mean['stderr']:.4f}"
     divergence = "" if kl is None else f", KL {kl['mean']:.4f} nats/token"

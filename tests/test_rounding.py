@@ -14,6 +14,15 @@ SHORT = (torch.bfloat16, torch.float16)
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """auto-round's many small operations in two threads wait long on a machine that is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def reference(tensor: torch.Tensor, bits: int) -> torch.Tensor:
     return quant_mx(tensor, bits=bits, group_size=32, data_type=f"mx_fp{bits}")[0]
 

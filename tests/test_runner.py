@@ -43,6 +43,19 @@ def test_a_cell_has_everything_it_promises(architecture, tiny, tmp_path):
     assert str(tmp_path) not in text and str(ROOT) not in text.replace(str(tiny[architecture]), "")
 
 
+def test_a_profile_says_where_the_time_goes(tiny, tmp_path, caplog):
+    with caplog.at_level("INFO", "mixprec"):
+        done = run(tmp_path, *tiny_overrides(tiny["llama"]), "baseline=low", "profile=true")
+    result = result_of(tmp_path, done)
+    tokens, found = result["evaluated_tokens"], result["profile"]
+    assert 0 < tokens["run"] < tokens["asked"] and 0 < tokens["rows"] <= tokens["run"]
+    assert found["tokens_saved"] == tokens["asked"] - tokens["run"]
+    weights, head = result["quantized"]["weights"], 64 * 259
+    assert found["useful_flop"] == 2 * (weights * tokens["run"] + head * tokens["rows"])
+    assert 0 < found["utilisation"] < 1
+    assert "of the machine's matrix-product peak" in caplog.text and "seconds: load" in caplog.text
+
+
 def test_bf16_is_a_cell_like_any_other(tiny, tmp_path):
     done = run(tmp_path, *tiny_overrides(tiny["llama"]), "baseline=bf16")
     result = result_of(tmp_path, done)

@@ -21,7 +21,7 @@ def accuracy(
     Returns (metrics, samples, tokens): metrics maps a task to acc, stderr and n; samples has the columns
     task, leaf (lm-eval's name: mmlu's subject), doc_id, doc_hash, loglikelihoods (one a choice,
     natural log), target (index of the right choice; 0 for lambada), correct; tokens says how many
-    were asked for, run, and run as padding (empty with engine=hf or where it had to be used).
+    were asked for, run, run as padding, and put through the output head (empty with engine=hf or where it had to be used).
 
     Raises FloatingPointError if a log-likelihood is not finite.
     """
@@ -44,7 +44,7 @@ def accuracy(
                 rows.append(_row(name, leaf, sample))
     samples = pd.DataFrame(rows).sort_values(["task", "leaf", "doc_id"], ignore_index=True)
     metrics = {name: summary(samples[samples.task == name]) for name in tasks.leaves}
-    counted = {key: getattr(lm, f"tokens_{key}", 0) for key in ("asked", "run", "padded")}
+    counted = {key: getattr(lm, f"tokens_{key}", 0) for key in ("asked", "run", "padded", "rows")}
     return metrics, samples, counted if counted["run"] else {}
 
 

@@ -37,6 +37,7 @@ class SharedPrefixLM(HFLM):
 
     tokens_run:    through the model, without padding
     tokens_padded: through the model on top of these
+    tokens_rows:   through the output head
     tokens_asked:  of all requests one by one (HFLM runs these, but for one-token continuations of
                    the same context, which it runs once)
     """
@@ -44,7 +45,7 @@ class SharedPrefixLM(HFLM):
     def __init__(self, *args, tokens_per_forward: int | None = None, **kwargs):
         super().__init__(*args, **{"softmax_dtype": "float32", **kwargs})
         self.tokens_per_forward = tokens_per_forward
-        self.tokens_run = self.tokens_padded = self.tokens_asked = 0
+        self.tokens_run = self.tokens_padded = self.tokens_rows = self.tokens_asked = 0
         self._head_is_plain: bool | None = None  # None: not looked at yet
         self._warned = False
 
@@ -88,7 +89,7 @@ class SharedPrefixLM(HFLM):
                     continuation = requests[index][2]
                     indices.append(index)
                     predictions += zip(way[-len(continuation) :], continuation, strict=True)
-            scores = self._scores(layout, predictions)
+            scores = self._scores(layout, batch[0].branched, predictions)
             for index in indices:
                 texts, _, continuation = requests[index]
                 values, greedy = zip(*islice(scores, len(continuation)), strict=True)
@@ -97,28 +98,29 @@ class SharedPrefixLM(HFLM):
                     self.cache_hook.add_partial("loglikelihood", texts, answers[index])
             nodes = sum(trie.nodes for trie in batch)
             self.tokens_run += nodes
-            self.tokens_padded += layout.ids.numel() - nodes
+            self.tokens_padded += layout[0].numel() - nodes
             progress.update(nodes)
         progress.close()
         return answers
 
     @torch.no_grad()
-    def _scores(self, layout: Layout, predictions: list[tuple[int, int]]):
+    def _scores(self, layout: torch.Tensor, branched: bool, predictions: list[tuple[int, int]]):
         """(log-probability in float32, whether it is the greatest) of each prediction (node, word).
 
-        Nodes are indices into the flattened [batch, nodes] of `layout`, and may repeat.
+        layout: as of lay_out; nodes are indices into its flattened [batch, nodes] and may repeat.
         """
-        inputs = {"input_ids": layout.ids.to(self.device)}
-        if layout.branched:
-            mask = attention_mask(layout.ends.to(self.device))
+        ids, positions, ends = layout.to(self.device)
+        inputs = {"input_ids": ids}
+        if branched:  # otherwise padding on the right needs no mask: attention is causal
+            mask = attention_mask(ends)
             if self.model.config._attn_implementation == "eager":  # it adds the mask
                 lowest = torch.finfo(self.model.dtype).min
                 mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, lowest)
-            inputs["attention_mask"] = mask
-            inputs["position_ids"] = layout.positions.to(self.device)
+            inputs |= {"attention_mask": mask, "position_ids": positions}
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         nodes, words = torch.tensor(predictions, device=hidden.device).T
         nodes, which = nodes.unique(return_inverse=True)
+        self.tokens_rows += len(nodes)
         hidden = hidden.flatten(0, 1)[nodes]  # [distinct nodes, hidden]
         head = self.model.get_output_embeddings()
         values = torch.empty(len(words), device=hidden.device)
@@ -163,7 +165,7 @@ def refusal(model: torch.nn.Module) -> str | None:
         return f"attention by {config._attn_implementation}; only sdpa and eager take a 4-D mask"
     if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
         return "layers whose attention does not reach the whole prefix"
-    rope = (config.rope_parameters or {}).get("rope_type")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     if rope in ("dynamic", "longrope"):
         return f"rotary embedding {rope}, which depends on the longest sequence of a batch"
     if getattr(model, "mixprec_activation_scale", None) == "tensor":
@@ -192,19 +194,6 @@ class Trie:
     begin: int
     end: int
     nodes: int
-    branched: bool
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Tries as rows of a batch, padded on the right: each tensor is int64 [batch, nodes].
-
-    The subtree of node k is k .. ends[k] - 1, as nodes are in depth-first order.
-    """
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    ends: torch.Tensor
     branched: bool
 
 
@@ -279,9 +268,9 @@ def batches(tries: list[Trie], tokens: int) -> list[list[Trie]]:
 
 
 def spell(paths: list[tuple[int, ...]], shared: list[int]):
-    """One trie: its nodes' tokens, depths and ends, depth-first; and each path's nodes, from the root.
+    """One trie, depth-first: its nodes' tokens, depths and ends, and each path's nodes from the root.
 
-    shared: as of common_prefixes(paths).
+    The subtree of node k is k .. ends[k] - 1. shared: as of common_prefixes(paths).
     """
     tokens, depths, ends, ways, way = [], [], [], [], []
     for path, common in zip(paths, shared, strict=True):
@@ -298,7 +287,11 @@ def spell(paths: list[tuple[int, ...]], shared: list[int]):
 
 
 def lay_out(batch: list[Trie], paths: list[tuple[int, ...]], shared: list[int]):
-    """(Layout, [(path, its nodes as indices into the flattened layout)]) of a batch of tries."""
+    """Tries as rows of a batch, padded on the right: (layout, ways).
+
+    layout: tokens, positions and ends of the nodes, int64 [3, batch, nodes]
+    ways:   [(path, its nodes from the root, as indices into the flattened [batch, nodes])]
+    """
     width = max(trie.nodes for trie in batch)
     rows, ways = [], []
     for row, trie in enumerate(batch):
@@ -309,8 +302,7 @@ def lay_out(batch: list[Trie], paths: list[tuple[int, ...]], shared: list[int]):
         rows.append([*zip(*columns, strict=True), *padding])
         for path, way in zip(chosen, nodes, strict=True):
             ways.append((path, [row * width + node for node in way]))
-    ids, positions, ends = torch.tensor(rows).unbind(-1)
-    return Layout(ids, positions, ends, any(trie.branched for trie in batch)), ways
+    return torch.tensor(rows).movedim(-1, 0).contiguous(), ways
 
 
 def attention_mask(ends: torch.Tensor) -> torch.Tensor:

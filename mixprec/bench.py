@@ -1,0 +1,335 @@
+"""Benchmarks against lm-eval and auto-round as their authors ship them: `make bench`.
+
+Every measurement is a process of its own (`measure`), so that memory is its own too; the peers and
+this project take turns, on the same documents. What is printed are ratios of medians, with their
+spread over repeats; all raw seconds are in results/bench/*.json with the machine and the versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+import mixprec.environment  # noqa: F401 - first, as in run.py
+from mixprec import sweep
+from mixprec.cell import FIVE_TASKS, Config, typed
+from mixprec.store import write_json
+
+CACHE = Path(".cache")
+OUTPUT = Path("results/bench")
+_CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def configuration(*overrides: str) -> Config:
+    with initialize_config_dir(str(_CONF), version_base="1.3"):
+        return typed(sweep.without_hydra(compose("config", list(overrides))))
+
+
+# --- one measurement, in its own process ------------------------------------------------------
+
+
+def measure(what: argparse.Namespace) -> dict:
+    """Seconds per task, peak memory and log-likelihoods of one engine on one model."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    from mixprec import models, provenance
+    from mixprec.evaluate.shared_prefix import SharedPrefixLM
+    from mixprec.profile import matrix_product_peak
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    cfg = configuration(f"model.limit={what.limit}", f"eval.tasks=[{','.join(what.tasks)}]")
+    checkpoint = models.checkpoint(cfg.model, CACHE)
+    tokenizer = models.load_tokenizer(checkpoint, cfg.model)
+    model, quantizing = _model(what.model, checkpoint, cfg.model, tokenizer)
+    if what.dtype == "bfloat16":
+        model.bfloat16()
+    requests = _requests(cfg)
+    common = {"pretrained": model, "tokenizer": tokenizer, "add_bos_token": False}
+    if what.engine == "hf":
+        lm = HFLM(**common, batch_size=what.batch, softmax_dtype="float32")
+    else:
+        lm = SharedPrefixLM(**common)
+    provenance.reset_peak_memory()
+    seconds, answers = {}, {}
+    for task, of_task in requests.items():
+        start = time.perf_counter()
+        answers[task] = lm.loglikelihood(of_task, disable_tqdm=True)
+        seconds[task] = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "total": sum(seconds.values()),
+        "quantizing": quantizing,
+        "peak_memory_bytes": provenance.peak_memory()["cpu"],
+        "tokens": {k: getattr(lm, f"tokens_{k}", 0) for k in ("asked", "run", "padded", "rows")},
+        "peak_flop_per_second": matrix_product_peak(model.device, torch.float32),
+        "answers": answers,
+    }
+
+
+def _model(name: str, checkpoint, settings, tokenizer):
+    """(a reference or quantized SmolLM2 in float32, seconds that quantizing took)."""
+    from mixprec import models, quantize
+
+    if name == "auto_round":
+        from auto_round import AutoRound, RTNConfig
+
+        model = models.load_for_auto_round(checkpoint, settings)
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as _:
+            compressor = AutoRound(
+                model, tokenizer, scheme="MXFP4", alg_configs=RTNConfig(disable_opt_rtn=True),
+                iters=0, device_map="cpu",
+            )  # fmt: skip
+            model = compressor.quantize()[0]
+        return model.float().eval(), time.perf_counter() - start
+    model = models.load(checkpoint, settings)
+    layers = models.quantized_layers(model)
+    in_memory = quantize.InMemory(model)
+    start = time.perf_counter()
+    if name == "low":
+        in_memory.apply({layer.name: "mxfp4" for layer in layers})
+    return model, time.perf_counter() - start
+
+
+def _requests(cfg: Config) -> dict[str, list]:
+    from mixprec.evaluate.tasks import tasks_of
+
+    tasks = tasks_of(cfg.eval, CACHE)
+    loaded = tasks.manager.load(tasks.specs)["tasks"]
+    requests: dict[str, list] = {}
+    for name, leaves in tasks.leaves.items():
+        requests[name] = []
+        for leaf in leaves:
+            loaded[leaf].set_config(key="num_fewshot", value=0)
+            loaded[leaf].build_all_requests(samples=tasks.documents[leaf], rank=0, world_size=1)
+            requests[name] += loaded[leaf].instances
+    return requests
+
+
+def in_a_process(**what) -> dict:
+    """`measure` in a fresh process."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        arguments = [x for key, value in what.items() for x in (f"--{key}", str(value))]
+        command = [sys.executable, "-m", "mixprec.bench", "measure", "--output", file.name]
+        subprocess.run([*command, *arguments], check=True, capture_output=True)
+        return json.loads(Path(file.name).read_text())
+
+
+# --- the comparisons --------------------------------------------------------------------------
+
+
+def evaluate(limit: int, repeats: int) -> dict:
+    """BF16 and a quantized cell: HFLM with its best settings, and the shared-prefix engine."""
+    tasks = ",".join(FIVE_TASKS)
+    tried = {}
+    # A product of bfloat16 is several times slower than one of float32 on most CPUs.
+    for dtype, batch in (("float32", 1), ("float32", 4), ("float32", 16), ("bfloat16", 4)):
+        settings = {"engine": "hf", "model": "bf16", "dtype": dtype, "batch": batch}
+        run = in_a_process(**settings, limit=4, tasks=tasks)
+        tried[f"{dtype}, batch {batch}"] = run["total"]
+        print(f"  HFLM, {dtype}, batch {batch}: {run['total']:.1f} s", flush=True)
+    best = min(tried, key=tried.get)
+    dtype, batch = best.split(", batch ")
+    sides = {
+        "bf16, HFLM": {"engine": "hf", "model": "bf16", "dtype": dtype, "batch": batch},
+        "bf16, ours": {"engine": "shared_prefix", "model": "bf16"},
+        "quantized, HFLM": {"engine": "hf", "model": "auto_round", "dtype": dtype, "batch": batch},
+        "quantized, ours": {"engine": "shared_prefix", "model": "low"},
+    }
+    runs: dict[str, list] = {side: [] for side in sides}
+    for _ in range(repeats):
+        for side, settings in sides.items():
+            runs[side].append(in_a_process(**settings, limit=limit, tasks=tasks))
+            print(f"  {side}: {runs[side][-1]['total']:.1f} s", flush=True)
+    exact = in_a_process(
+        engine="hf", model="bf16", dtype="float32", batch=4, limit=limit, tasks=tasks
+    )
+    layers_weights, head_weights = 106_168_320, 49_152 * 576
+    useful = [
+        2 * (layers_weights * r["tokens"]["run"] + head_weights * r["tokens"]["rows"])
+        / r["total"] / r["peak_flop_per_second"]
+        for r in runs["bf16, ours"]
+    ]  # fmt: skip
+    hellaswag = {
+        side: [r["seconds"]["hellaswag"] for r in of_side] for side, of_side in runs.items()
+    }
+    totals = {side: [r["total"] for r in of_side] for side, of_side in runs.items()}
+    rounding = {side: [r["quantizing"] for r in of_side] for side, of_side in runs.items()}
+    memory = {side: [r["peak_memory_bytes"] for r in of_side] for side, of_side in runs.items()}
+    return {
+        "limit": limit,
+        "peer": best,
+        "peer_settings_tried": tried,
+        "ratios": {
+            "BF16 cell, HFLM / ours": ratio(totals["bf16, HFLM"], totals["bf16, ours"]),
+            "quantized cell, auto-round's model under HFLM / ours": ratio(
+                totals["quantized, HFLM"], totals["quantized, ours"]
+            ),
+            "quantized cell / BF16 cell, ours": ratio(
+                totals["quantized, ours"], totals["bf16, ours"]
+            ),
+            "hellaswag, HFLM / ours": ratio(hellaswag["bf16, HFLM"], hellaswag["bf16, ours"]),
+            "quantizing, auto-round / ours": ratio(
+                rounding["quantized, HFLM"], rounding["quantized, ours"]
+            ),
+            "peak memory, ours / HFLM": ratio(memory["bf16, ours"], memory["bf16, HFLM"]),
+            "utilisation": {
+                "median": statistics.median(useful),
+                "spread": [min(useful), max(useful)],
+            },
+        },
+        "equality": compare(runs["bf16, ours"][0]["answers"], exact["answers"]),
+        "seconds": {side: [r["seconds"] for r in of_side] for side, of_side in runs.items()},
+        "quantizing_seconds": rounding,
+        "peak_memory_bytes": memory,
+        "tokens": runs["bf16, ours"][0]["tokens"],
+    }
+
+
+def growth() -> dict:
+    """Seconds against documents, choices, length and layers, each varied alone, on random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mixprec.evaluate.shared_prefix import SharedPrefixLM
+    from mixprec.models import checkpoint, load_tokenizer
+
+    cfg = configuration()
+    tokenizer = load_tokenizer(checkpoint(cfg.model, CACHE), cfg.model)
+
+    def seconds(documents: int = 40, choices: int = 4, length: int = 100, layers: int = 6) -> dict:
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=1024, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
+                num_key_value_heads=3, num_hidden_layers=layers, max_position_embeddings=8192,
+            )
+        ).eval()  # fmt: skip
+        lm = SharedPrefixLM(pretrained=model, tokenizer=tokenizer)
+        requests = [
+            ((f"{d}", f"{c}"), torch.randint(5, 1024, (length,)).tolist() if c == 0 else None,
+             torch.randint(5, 1024, (10,)).tolist())
+            for d in range(documents) for c in range(choices)
+        ]  # fmt: skip
+        for index, (names, context, choice) in enumerate(requests):
+            requests[index] = (names, context or requests[index - 1][1], choice)
+        best = float("inf")
+        for _ in range(2):
+            lm.tokens_run = 0
+            start = time.perf_counter()
+            lm._loglikelihood_tokens(requests, disable_tqdm=True)
+            best = min(best, time.perf_counter() - start)
+        return {"seconds": best, "tokens_run": lm.tokens_run, "work": lm.tokens_run * layers}
+
+    varied = {
+        "documents": [10, 20, 40, 80],
+        "choices": [2, 4, 8, 16],
+        "length": [50, 100, 200, 400, 800],
+        "layers": [3, 6, 12, 24],
+    }
+    points = {
+        what: [{what: value, **seconds(**{what: value})} for value in values]
+        for what, values in varied.items()
+    }
+    fits = {}
+    for what, of_what in points.items():
+        per_work = [point["seconds"] / point["work"] for point in of_what]
+        fits[f"{what}: seconds per token and layer, largest / smallest"] = {
+            "median": max(per_work) / min(per_work),
+            "spread": [1.0, max(per_work) / min(per_work)],
+        }
+    _draw(points)
+    return {"points": points, "ratios": fits}
+
+
+def _draw(points: dict[str, list[dict]]) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(points), figsize=(12, 3), layout="constrained")
+    for axis, (what, of_what) in zip(axes, points.items(), strict=True):
+        work = [point["work"] / 1000 for point in of_what]
+        axis.plot(work, [point["seconds"] for point in of_what], "o-")
+        for point, x in zip(of_what, work, strict=True):
+            axis.annotate(
+                f"{point[what]}", (x, point["seconds"]), xytext=(4, -10), textcoords="offset points"
+            )
+        axis.set(title=f"more {what}", xlabel="1000 tokens run × layers", ylim=0, xlim=0)
+    axes[0].set_ylabel("seconds")
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    figure.savefig(OUTPUT / "growth.svg")
+
+
+def compare(ours: dict[str, list], theirs: dict[str, list]) -> dict:
+    """Largest relative difference of a log-likelihood, and greedy answers that differ, with margins."""
+    largest, differ, count = 0.0, [], 0
+    for task in theirs:
+        for (mine, my_greedy), (other, other_greedy) in zip(ours[task], theirs[task], strict=True):
+            count += 1
+            largest = max(largest, abs(mine - other) / max(abs(other), 1e-9))
+            if my_greedy != other_greedy:
+                differ.append({"task": task, "ours": mine, "hflm": other})
+    return {"requests": count, "largest_relative_difference": largest, "greedy_differs": differ}
+
+
+def ratio(numerator: list[float], denominator: list[float]) -> dict:
+    """Ratio of medians, and the least and greatest ratio of two single runs."""
+    return {
+        "median": statistics.median(numerator) / statistics.median(denominator),
+        "spread": [min(numerator) / max(denominator), max(numerator) / min(denominator)],
+    }
+
+
+def report(name: str, result: dict) -> None:
+    from mixprec import provenance
+
+    write_json(OUTPUT / f"{name}.json", {**result, "provenance": provenance.collect()})
+    for what, value in result["ratios"].items():
+        low, high = value["spread"]
+        print(f"{what}: {value['median']:.2f} ({low:.2f} to {high:.2f})")
+    print(f"written: {OUTPUT}/{name}.json")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m mixprec.bench", description=__doc__.split("\n")[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    evaluating = commands.add_parser("evaluate", help="HFLM against the shared-prefix engine")
+    evaluating.add_argument(
+        "--limit", type=int, default=20, help="documents per task (default: 20)"
+    )
+    evaluating.add_argument("--repeats", type=int, default=3, help="default: 3")
+    commands.add_parser("growth", help="seconds against documents, choices, length, layers")
+    one = commands.add_parser("measure", help="one measurement (used by the others)")
+    one.add_argument("--engine", choices=["hf", "shared_prefix"], required=True)
+    one.add_argument("--model", choices=["bf16", "low", "auto_round"], required=True)
+    one.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    one.add_argument("--batch", type=int, default=16)
+    one.add_argument("--limit", type=int, required=True)
+    one.add_argument("--tasks", type=lambda text: text.split(","), default=list(FIVE_TASKS))
+    one.add_argument("--output", type=Path, required=True)
+    chosen = parser.parse_args()
+    if chosen.command == "measure":
+        chosen.output.write_text(json.dumps(measure(chosen)))
+    elif chosen.command == "growth":
+        report("growth", growth())
+    else:
+        report("evaluate", evaluate(chosen.limit, chosen.repeats))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
