@@ -31,7 +31,8 @@ tables: setup  ## render every experiment in results/ (TRACK=off: without a W&B 
 	@$(BIN)/python -m mixprec.tables --results $(RESULTS) --track $(TRACK)
 
 bench: setup  ## measure against lm-eval and auto-round (15 minutes; leave the machine alone)
-	$(BIN)/python -m mixprec.bench evaluate
+	$(BIN)/python -m mixprec.bench evaluate --dtype float32
+	$(BIN)/python -m mixprec.bench evaluate --dtype bfloat16
 	$(BIN)/python -m mixprec.bench growth
 
 test: setup  ## run the tests

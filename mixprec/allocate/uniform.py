@@ -6,7 +6,6 @@ from mixprec.schemes import BF16
 
 
 def allocate(layers, schemes, budget, request) -> dict[str, str]:
-    scheme = {"bf16": lambda: BF16, "low": lambda: schemes[0], "high": lambda: schemes[-1]}[
-        request.baseline.name
-    ]()
+    name = request.baseline.name
+    scheme = BF16 if name == "bf16" else schemes[0 if name == "low" else -1]
     return {layer.name: scheme.name for layer in layers}
