@@ -84,12 +84,11 @@ def _model(name: str, checkpoint, settings, tokenizer):
 
         model = models.load_for_auto_round(checkpoint, settings)
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as _:
-            compressor = AutoRound(
-                model, tokenizer, scheme="MXFP4", alg_configs=RTNConfig(disable_opt_rtn=True),
-                iters=0, device_map="cpu",
-            )  # fmt: skip
-            model = compressor.quantize()[0]
+        compressor = AutoRound(
+            model, tokenizer, scheme="MXFP4", alg_configs=RTNConfig(disable_opt_rtn=True),
+            iters=0, device_map="cpu",
+        )  # fmt: skip
+        model = compressor.quantize()[0]
         return model.float().eval(), time.perf_counter() - start
     model = models.load(checkpoint, settings)
     layers = models.quantized_layers(model)

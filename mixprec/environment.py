@@ -15,3 +15,5 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 # auto-round prints some thirty lines a scoring below that.
 os.environ.setdefault("AR_LOG_LEVEL", "WARNING")
+# Where auto-round puts what it moves out of memory; by default a folder wherever it is run.
+os.environ.setdefault("AR_WORK_SPACE", os.path.join(".cache", "auto_round"))
