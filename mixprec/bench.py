@@ -43,7 +43,7 @@ def measure(what: argparse.Namespace) -> dict:
 
     from mixprec import models, provenance
     from mixprec.evaluate.shared_prefix import SharedPrefixLM
-    from mixprec.profile import matrix_product_peak
+    from mixprec.profile import profile
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     cfg = configuration(f"model.limit={what.limit}", f"eval.tasks=[{','.join(what.tasks)}]")
@@ -64,13 +64,16 @@ def measure(what: argparse.Namespace) -> dict:
         start = time.perf_counter()
         answers[task] = lm.loglikelihood(of_task, disable_tqdm=True)
         seconds[task] = time.perf_counter() - start
+    total = sum(seconds.values())
+    tokens = {k: getattr(lm, f"tokens_{k}", 0) for k in ("asked", "run", "padded", "rows")}
+    layers = models.quantized_layers(model)
     return {
         "seconds": seconds,
-        "total": sum(seconds.values()),
+        "total": total,
         "quantizing": quantizing,
         "peak_memory_bytes": provenance.peak_memory()["cpu"],
-        "tokens": {k: getattr(lm, f"tokens_{k}", 0) for k in ("asked", "run", "padded", "rows")},
-        "peak_flop_per_second": matrix_product_peak(model.device, model.dtype),
+        "tokens": tokens,
+        "profile": profile(model, layers, tokens, total) if tokens["run"] else None,
         "answers": answers,
     }
 
@@ -150,12 +153,7 @@ def evaluate(limit: int, repeats: int, dtype: str) -> dict:
         for side, settings in sides.items():
             runs[side].append(in_a_process(**settings, limit=limit, tasks=tasks))
             print(f"  {side}: {runs[side][-1]['total']:.1f} s", flush=True)
-    layers_weights, head_weights = 106_168_320, 49_152 * 576
-    useful = [
-        2 * (layers_weights * r["tokens"]["run"] + head_weights * r["tokens"]["rows"])
-        / r["total"] / r["peak_flop_per_second"]
-        for r in runs["bf16, ours"]
-    ]  # fmt: skip
+    useful = [r["profile"]["utilisation"] for r in runs["bf16, ours"]]
     hellaswag = {
         side: [r["seconds"]["hellaswag"] for r in of_side] for side, of_side in runs.items()
     }
