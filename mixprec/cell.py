@@ -56,6 +56,7 @@ class Model:
     dtype: str = "auto"  # of the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU
     device_map: Optional[str] = None  # as in transformers; None: one device
     in_features: Optional[list[int]] = None  # of its linears; None: read from a local config.json
+    group_size: int = 128  # of options=w2_w4 and w4_w8; it must divide in_features
     source: str = MISSING  # where its documents and texts come from
     limit: Optional[int] = None  # documents per task; None: all
 

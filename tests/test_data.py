@@ -163,3 +163,4 @@ def test_mmlus_limit_is_shared_out_in_proportion():
     assert shares(1, sizes) == {"a": 1, "b": 1, "c": 1}
     assert shares(5000, sizes) == sizes
     assert shares(10, {"x": 100}) == {"x": 10}
+    assert shares(250, {"a": 10_000, "b": 100, "c": 3}) == {"a": 247, "b": 5, "c": 3}

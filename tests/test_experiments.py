@@ -22,6 +22,10 @@ def test_it_composes(group, name):
     cfg = configuration(f"{group}={name}", *extra)
     if group == "experiment":
         assert cfg.experiment == name
+    elif name in ("w2_w4", "w4_w8"):  # their group size is the model's
+        low, high = name.split("_")
+        assert cfg.options.name == f"{low}g64_{high}g64"
+        assert cfg.options.schemes == cfg.options.name.split("_")
     elif name != "custom":
         assert getattr(getattr(cfg, group), "name", name) == name or group in (
             "eval",

@@ -77,21 +77,23 @@ def _leaves(manager, name: str) -> list[str]:
 
 
 def shares(limit: int, sizes: dict[str, int]) -> dict[str, int]:
-    """How many of `limit` documents each part gets: in proportion to its size, at least one.
+    """How many of `limit` documents each part gets: in proportion to its size, but not too few.
 
-    With that least, the sum can exceed `limit` where there are more parts than documents to share
-    out; otherwise it is `limit` (largest remainders), or all documents where there are fewer.
+    The least is a fiftieth of `limit` (1 of mmlu's subjects at 50, 5 at 250), so that no subject is
+    left to a single document. The sum can then exceed `limit`; where no part falls below the least
+    it is `limit` (largest remainders), and where there are fewer documents, all of them.
     """
     total = sum(sizes.values())
     if limit >= total:
         return dict(sizes)
+    least = max(1, limit // 50)
     exact = {part: limit * size / total for part, size in sizes.items()}
-    counts = {part: max(1, int(share)) for part, share in exact.items()}
+    counts = {part: min(sizes[part], max(least, int(share))) for part, share in exact.items()}
     by_remainder = sorted(exact, key=lambda part: (int(exact[part]) - exact[part], part))
     for part in by_remainder:
         if sum(counts.values()) >= limit:
             break
-        if exact[part] >= 1:  # those below one were rounded up already
+        if exact[part] >= least:  # those below were raised to it already
             counts[part] += 1
     return counts
 
