@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from mixprec.linear import PackedLinear, can_pack
 from mixprec.rounding import round_mx
 from mixprec.schemes import BF16, Scheme, scheme_named
 
@@ -18,15 +19,20 @@ BACKENDS = {"cpu": "ark", "cuda": None}
 class InMemory:
     """A model whose linears are rounded in place, to one MX allocation after another.
 
-    The reference weights of layers that were rounded are kept beside the model, in bfloat16 on the
-    CPU, so that the next allocation rounds only the layers whose scheme changes.
+    The reference weights of layers that were rounded are kept, in bfloat16 on the CPU (a packed
+    linear keeps its own), so that the next allocation rounds only the layers whose scheme changes.
 
     The numbers are those of `AutoRound(..., iters=0, disable_opt_rtn=True).quantize()` for the same
     allocation (tests/test_quantize.py), without its passes over calibration data.
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, *, packed: bool = True):
+        """packed: let oneDNN multiply the linears, the output head too, where it can."""
         self.model = model
+        if packed:
+            for name in [name for name, _ in model.named_modules()]:  # one at a time in memory
+                if can_pack(module := model.get_submodule(name)):
+                    model.set_submodule(name, PackedLinear(module))
         self._modules = dict(model.named_modules())
         self._reference: dict[str, torch.Tensor] = {}
         self._scheme: dict[str, str] = {}
@@ -43,13 +49,21 @@ class InMemory:
 
     def _set(self, name: str, scheme: Scheme) -> None:
         module = self._modules[name]
-        if name not in self._reference:
-            self._reference[name] = module.weight.data.to("cpu", torch.bfloat16, copy=True)
         if name in self._hooks:
             self._hooks.pop(name).remove()
         # The checkpoint's weights are bfloat16; an MX value of a bfloat16 group is one again.
-        weight = self._reference[name].to(module.weight.device)
-        module.weight.data.copy_(weight if scheme is BF16 else round_mx(weight, scheme.bits))
+        if isinstance(module, PackedLinear):
+            weight = module.weight.data
+        else:
+            if name not in self._reference:
+                self._reference[name] = module.weight.data.to("cpu", torch.bfloat16, copy=True)
+            weight = self._reference[name].to(module.weight.device)
+        if scheme is not BF16:
+            weight = round_mx(weight, scheme.bits)
+        if isinstance(module, PackedLinear):
+            module.pack(weight)
+        else:
+            module.weight.data.copy_(weight)
         if scheme.activations:
             self._hooks[name] = module.register_forward_pre_hook(
                 lambda _, inputs: (self._rounded(inputs[0], scheme.bits), *inputs[1:])

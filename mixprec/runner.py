@@ -161,13 +161,15 @@ _kept: _Loaded | None = None
 def _load(cell: Cell, cache: Path) -> _Loaded:
     global _kept
     checkpoint = models.checkpoint(cell.model, cache)
-    key = {"fingerprint": checkpoint.fingerprint, **cell.settings["model"]}
+    plain = cell.eval.engine == "hf"  # the slow way, everything as its authors ship it
+    key = {"fingerprint": checkpoint.fingerprint, "plain": plain, **cell.settings["model"]}
     if _kept is None or _kept.key != key:
         forget()  # two models need not fit side by side
         tokenizer = models.load_tokenizer(checkpoint, cell.model)
         model = models.load(checkpoint, cell.model)
         layers = models.quantized_layers(model)
-        _kept = _Loaded(key, checkpoint, tokenizer, model, layers, quantize.InMemory(model))
+        in_memory = quantize.InMemory(model, packed=not plain)
+        _kept = _Loaded(key, checkpoint, tokenizer, model, layers, in_memory)
     return _kept
 
 

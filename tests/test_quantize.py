@@ -44,18 +44,22 @@ def test_weights_and_logits_are_auto_rounds(architecture, tiny, monkeypatch, tmp
     model, _ = loaded(tiny[architecture])
     allocation = mixed(model, "mxfp4", "mxfp8")
     reference = by_auto_round(tiny[architecture], allocation, monkeypatch, tmp_path)
-    quantize.InMemory(model).apply(allocation)
+    quantize.InMemory(model, packed=False).apply(allocation)
+    packed, _ = loaded(tiny[architecture])
+    quantize.InMemory(packed).apply(allocation)
 
     theirs, ours = dict(reference.named_modules()), dict(model.named_modules())
     for name in allocation:
         weight = theirs[name].orig_layer.weight
         assert torch.equal(ours[name].weight, weight.float()), name
+        assert torch.equal(packed.get_submodule(name).packed, weight.float()), name
     assert torch.equal(ours["lm_head"].weight, theirs["lm_head"].weight.float())
 
     tokens = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = reference.float()(tokens).logits
         actual = model(tokens).logits
+        torch.testing.assert_close(packed(tokens).logits, expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(actual, expected)
 
 
@@ -63,7 +67,7 @@ def test_rounding_changes_something(tiny):
     model, _ = loaded(tiny["llama"])
     before = {k: v.clone() for k, v in model.state_dict().items()}
     layers = [layer.name for layer in models.quantized_layers(model)]
-    quantize.InMemory(model).apply(dict.fromkeys(layers, "mxfp4"))
+    quantize.InMemory(model, packed=False).apply(dict.fromkeys(layers, "mxfp4"))
     for name, after in model.state_dict().items():
         quantized = name.removesuffix(".weight") in layers
         assert torch.equal(after, before[name]) != quantized, name
@@ -73,7 +77,7 @@ def test_bf16_layers_are_left_alone(tiny):
     model, _ = loaded(tiny["llama"])
     before = {k: v.clone() for k, v in model.state_dict().items()}
     layers = [layer.name for layer in models.quantized_layers(model)]
-    quantize.InMemory(model).apply(dict.fromkeys(layers, "bf16"))
+    quantize.InMemory(model, packed=False).apply(dict.fromkeys(layers, "bf16"))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -81,8 +85,8 @@ def test_bf16_layers_are_left_alone(tiny):
 def test_one_allocation_after_another_is_as_good_as_a_fresh_model(tiny):
     tokens = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
     model, _ = loaded(tiny["qwen3"])
-    exact = model(tokens).logits
     in_memory = quantize.InMemory(model)
+    exact = model(tokens).logits
     for schemes in (("mxfp4", "mxfp8"), ("bf16", "mxfp4"), ("mxfp8", "bf16")):
         in_memory.apply(mixed(model, *schemes))
         fresh, _ = loaded(tiny["qwen3"])
