@@ -23,6 +23,7 @@ from mixprec import published
 from mixprec.cell import ConfigError
 from mixprec.published import Number, Printed
 
+WIDTH = 120  # columns of a terminal that everything fits into
 _STEP = Decimal("0.1")  # percentages are printed with one digit
 _HALF = Decimal("0.00005")  # accuracies are printed with four
 
@@ -176,14 +177,19 @@ def markdown(tables: dict[str, Printed]) -> str:
         "",
         *(f"- {finding}" for finding in found),
     ]
-    wrapped = (
-        textwrap.wrap(
-            line, 118, subsequent_indent="  " if line.startswith("- ") else "",
-            break_long_words=False, break_on_hyphens=False,
-        ) or [""]
-        for line in lines
-    )  # fmt: skip
-    return "\n".join(line for part in wrapped for line in part).rstrip() + "\n"
+    return wrapped(lines)
+
+
+def wrapped(lines: list[str]) -> str:
+    """`lines` as text of at most WIDTH columns; tables stay as they are."""
+    done = []
+    for line in lines:
+        indent = "  " if line.startswith("- ") else ""
+        keep = line.startswith(("|", "#"))
+        done += [line] if keep else textwrap.wrap(
+            line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        ) or [""]  # fmt: skip
+    return "\n".join(done).rstrip() + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
