@@ -1,12 +1,14 @@
 """Tables against results made by hand."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
-from conftest import cell
+from conftest import ROOT, cell
 
-from mixprec import tables
+from mixprec import published, tables
+from mixprec.cell import ConfigError
 from mixprec.store import Store, write_json
 
 
@@ -73,6 +75,10 @@ def test_a_result_of_another_configuration_is_a_dash(results):
     text = tables.markdown("demo", tables.render(root)["demo"])
     assert "ours 5-bit: stored with another configuration" in text
     assert "0.4813" not in text
+    store.add_to_plan("table2", [cell("baseline=ours", "calibration.seed=1")])
+    tables.render(root)
+    text = (root / "tables/table2.md").read_text()
+    assert "Ours: stored with another configuration" in text and "0.4813" not in text
 
 
 def test_no_bf16_no_percent(results):
@@ -118,3 +124,170 @@ def test_rows_stand_in_the_reports_order(results):
     rows = list(tables.render(root)["all"].row)
     assert rows == ["BF16", "low (mxfp4)", "ours 4.5-bit", "ours 5-bit", "ours 6-bit"]
     assert json.loads((root / "plans/demo.json").read_text())["experiment"] == "demo"
+
+
+# --- the report's tables -----------------------------------------------------------------------
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of every line of every Markdown table."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[part.strip() for part in line.strip("|").split("|")] for line in lines]
+
+
+def one_section(root, name):
+    return (root / f"tables/{name}.md").read_text()
+
+
+def test_a_table_of_the_report_needs_results_and_nothing_else(results):
+    """No plan of it: cells are found by the printed rows, the options and the budget."""
+    root, _, _ = results
+    tables.render(root)
+    text = one_section(root, "table2")
+    header, _, *lines = rows_of(text)
+    assert header == ["", "llama31_8b", "qwen25_7b", "qwen3_8b", "smollm2_135m"]
+    assert lines[:6] == [
+        ["Tail layers 8-bit", "—", "—", "—", "—"],
+        ["· published", "0.6671 (94.3%)", "0.6616 (93.5%)", "0.6410 (94.8%)", "—"],
+        ["Head layers 8-bit", "—", "—", "—", "—"],
+        ["· published", "0.6657 (94.1%)", "0.6686 (94.5%)", "0.6356 (94.0%)", "—"],
+        ["Ours", "—", "—", "—", "0.4813 ± 0.0141 (96.2%)"],
+        ["· published", "0.6857 (96.9%)", "0.6823 (96.4%)", "0.6594 (97.5%)", "—"],
+    ]
+    assert "Not run here: llama31_8b, qwen25_7b, qwen3_8b." in text
+    assert "- — smollm2_135m, Tail layers 8-bit: not run" in text
+    assert "n: piqa 50, mmlu 50 documents" in text and "5.250" in text and "0.5000 ± 0.0300" in text
+    table = one_section(root, "table1")
+    assert "Pure 4-bit   | —" in table and "0.4000 ± 0.0141 (80.0%)" in table
+
+
+def test_every_published_number_is_shown(results):
+    root, _, _ = results
+    tables.render(root)
+    for name, printed in published.read().items():
+        text = one_section(root, name) if printed.numbers else ""
+        for number in printed.numbers:
+            assert f"{number.accuracy} (" in text or f"{number.accuracy} " in text
+            if number.percent is not None:
+                assert f"{number.accuracy} ({number.percent:.1f}%)" in text
+
+
+def test_a_difference_is_of_the_same_model_and_has_its_uncertainty(results, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "x")
+    root, store, _ = results
+    for name, acc in (("bf16", 0.7), ("ours", 0.68), ("tail8", 0.6571)):
+        put(store, cell(f"baseline={name}", "model=llama31_8b"), acc)
+    made = tables.render(root)["table2"].set_index(["eval", "model", "row"])
+    ours = made.loc["five-all", "llama31_8b", "Ours"]
+    assert ours.difference == pytest.approx(0.68 - 0.6857)
+    assert ours.difference_stderr == ours.stderr == 0.0141
+    assert ours.published_percent == 96.9
+    assert pd.isna(made.loc["five-50", "smollm2_135m", "Ours"].difference)
+    text = one_section(root, "table2")
+    assert ["· difference", "-0.57 ± 1.41", "—", "—"] in rows_of(text)
+    assert ["· difference", "-1.00 ± 1.41", "—", "—"] in rows_of(text)
+    first, second = text.split("## five-all")
+    assert "smollm2_135m" in first and "smollm2_135m" not in second
+    assert "Not run here: qwen25_7b, qwen3_8b." in second
+
+
+def test_no_difference_without_a_standard_error(results, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "x")
+    root, store, _ = results
+    one = cell("baseline=ours", "model=llama31_8b")
+    put(store, one, 0.68)
+    file = store.folder(one) / "result.json"
+    result = json.loads(file.read_text())
+    result["mean"]["stderr"] = None
+    write_json(file, result)
+    tables.render(root)
+    assert "· difference" not in one_section(root, "table2")
+
+
+def test_table_4_takes_the_group_size_that_fits_and_says_so(results):
+    root, store, _ = results
+    for name in ("tail4", "ours"):
+        put(store, cell(f"baseline={name}", "options=w2_w4", "budget=3"), 0.3, 5.0, 3.0)
+    tables.render(root)
+    text = one_section(root, "table4")
+    assert "0.3000 ± 0.0141 (60.0%)" in text and "BF16 " in text
+    assert "smollm2_135m: options w2g64_w4g64 where the report has w2g128_w4g128" in text
+    assert "Printed under 4.5 average bits; run at 3" in text
+    assert "w2g64_w4g64 where" not in one_section(root, "table2")
+
+
+def test_percent_of_bf16_only_of_the_same_documents(results):
+    root, store, cells = results
+    file = store.folder(cells["bf16"]) / "result.json"
+    result = json.loads(file.read_text())
+    result["config"]["eval"]["seed"] = 7
+    write_json(file, result)
+    tables.render(root)
+    assert "0.4813 ± 0.0141 (—)" in one_section(root, "table2")
+
+
+def test_nothing_stored_goes_unseen(results, capsys):
+    root, store, _ = results
+    put(store, cell("baseline=random", "budget=7"), 0.44)
+    tables.render(root)
+    out = capsys.readouterr().out
+    assert "Cells of no table above" in out and "random 7-bit" in out
+
+
+def test_the_terminal_is_120_columns_wide_with_every_model(results, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "x")
+    root, store, _ = results
+    for model in ("llama31_8b", "qwen25_7b", "qwen3_8b", "qwen3_32b", "smollm2_135m"):
+        for name in ("bf16", "low", "tail8", "head8", "ours"):
+            put(store, cell(f"baseline={name}", f"model={model}", "eval.limit=50"), 0.6)
+    capsys.readouterr()
+    assert tables.main(["--results", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert max(len(line) for line in out.splitlines() if str(root) not in line) <= 120
+    assert sum(line.count("0.6000 ± 0.0141 (100.0%)") for line in out.splitlines()) >= 5 * 3
+
+
+def test_make_tables_shows_the_audit(results, capsys):
+    root, _, _ = results
+    assert tables.main(["--results", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert "4 findings:" in out and one_section(root, "audit") in out
+
+
+def test_a_bad_table_file_ends_in_one_line(results, monkeypatch, tmp_path_factory, capsys):
+    root, _, _ = results
+    copy = tmp_path_factory.mktemp("copy") / "experiments"
+    shutil.copytree(published.EXPERIMENTS, copy)
+    (copy / "table2/table.yaml").write_text("title: [")
+    with pytest.raises(ConfigError, match=r"^table2/table\.yaml: .*accepted keys"):
+        tables.render(root, copy)
+
+
+# --- between the markers of the README files ----------------------------------------------------
+
+
+def test_a_readme_gets_the_table_between_its_markers(results):
+    root, _, _ = results
+    before = "a\n<!-- reproduced: table2 five-50 -->\nold\n<!-- /reproduced -->\nb\n"
+    after = tables.with_reproduced(before, root)
+    assert after.startswith("a\n<!--") and after.endswith("<!-- /reproduced -->\nb\n")
+    assert "0.4813 ± 0.0141 (96.2%)" in after and "old" not in after
+    assert tables.with_reproduced(after, root) == after
+    other = tables.with_reproduced(before.replace("five-50", "five-all"), root)
+    assert "0.4813" not in other and "0.6857 (96.9%)" in other and "Not run here:" in other
+    assert tables.with_reproduced("no markers", root) == "no markers"
+    with pytest.raises(ConfigError, match="reproduced: table9: accepted: table1"):
+        tables.with_reproduced(before.replace("table2", "table9"), root)
+
+
+@pytest.mark.parametrize("file", tables.readmes(), ids=lambda file: file.parent.name)
+def test_readmes_are_up_to_date(file):
+    """After new results: `python -m mixprec.tables --readme`."""
+    text = file.read_text(encoding="utf-8")
+    assert tables.with_reproduced(text, ROOT / "results") == text
+
+
+def test_every_table_has_its_place_in_its_readme():
+    for name in published.read():
+        text = (published.EXPERIMENTS / name / "README.md").read_text(encoding="utf-8")
+        assert f"<!-- reproduced: {name} " in text and text.count("<!-- /reproduced -->") == 1
