@@ -35,7 +35,10 @@ FIVE_TASKS = ("lambada_openai", "hellaswag", "piqa", "winogrande", "mmlu")
 
 _ROOT = Path(__file__).resolve().parent.parent
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+# As huggingface_hub has it, which allows neither `--` nor `..` and no dot or dash at either end.
+_HUB_ID = re.compile(
+    r"(?!.*(?:--|\.\.|[.-]/|[.-]$|\.git$))[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+)
 
 
 class ConfigError(ValueError):

@@ -10,6 +10,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from filelock import FileLock
@@ -38,23 +39,97 @@ class Checkpoint:
 
 
 def checkpoint(model: Model, cache: Path) -> Checkpoint:
-    """Find, download or convert `model`'s checkpoint. Raises ConfigError if it has no safetensors."""
+    """Find, download or convert `model`'s checkpoint.
+
+    Raises ConfigError if it has no safetensors, or if the hub does not give it: see `_download`.
+    """
     revision = None
     if model.path == "packaged":
         folder = _convert_packaged(cache)
     elif is_folder(model.path):
         folder = Path(model.path).expanduser().resolve()
     else:
-        from huggingface_hub import snapshot_download
-
-        patterns = [*_HUB_FILES, "*.py"] if model.trust_remote_code else _HUB_FILES
-        folder = Path(
-            snapshot_download(model.path, revision=model.revision, allow_patterns=patterns)
-        )
+        folder = _download(model)
         revision = folder.name  # the commit that `model.revision` stood for
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(f"model.path={model.path}: no *.safetensors there; accepted: safetensors")
     return Checkpoint(folder, _fingerprint(folder, cache), revision)
+
+
+def _download(model: Model) -> Path:
+    """The folder in huggingface_hub's cache that holds `model`'s commit; it bears the commit's name.
+
+    A folder without safetensors may come back: then nothing at all was fetched. Raises ConfigError
+    if the repository is gated, unknown or out of reach, or if the download broke off. Its text
+    holds no URL: those of huggingface_hub's own errors may be signed, which is as good as a token.
+    """
+    from httpx2 import HTTPError  # huggingface_hub's own client, whose errors it lets through
+    from huggingface_hub import constants, errors, snapshot_download
+
+    for name in ("file_download", "utils._http"):
+        logging.getLogger(f"huggingface_hub.{name}").addFilter(_without_query)
+    asked = f"model.path={model.path}"
+    revision = model.revision or constants.DEFAULT_REVISION
+    patterns = [*_HUB_FILES, "*.py"] if model.trust_remote_code else _HUB_FILES
+    try:
+        # The weights first and alone, so that a repository without them costs nothing; then the
+        # rest of the same commit, whatever a branch points to by then.
+        folder = Path(
+            snapshot_download(model.path, revision=revision, allow_patterns="*.safetensors")
+        )
+        if any(folder.glob("*.safetensors")):
+            snapshot_download(model.path, revision=folder.name, allow_patterns=patterns)
+        return folder
+    except errors.GatedRepoError as error:
+        refused = "no token" if error.response.status_code == 401 else "no access for this token"
+        raise ConfigError(
+            f"{asked}: gated on the hub, {refused}; accept its licence there, then set HF_TOKEN or "
+            "run `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{asked}: no such repository on the hub, or a private one that needs HF_TOKEN; "
+            "accepted: a hub id such as Qwen/Qwen3-8B"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ConfigError(
+            f"model.revision={revision}: not in {model.path} on the hub; accepted: its branches, "
+            "tags and commits in full"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ConfigError(
+            f"{asked}: {_why(error)}, and revision {revision} is not whole in the cache; check the "
+            "network, HF_ENDPOINT and HF_HUB_OFFLINE"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        advice = "check HF_TOKEN" if error.response.status_code in (401, 403) else "try again later"
+        raise ConfigError(f"{asked}: {_why(error)}; {advice}") from error
+    except HTTPError as error:
+        raise ConfigError(
+            f"{asked}: the download broke off ({type(error).__name__}); run it again: files that "
+            "are whole are not fetched twice"
+        ) from error
+
+
+def _why(error: Exception) -> str:
+    """What became of a request to the hub, without its URL."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        error = error.__cause__
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    hub = urlsplit(constants.ENDPOINT)
+    where = f"the hub at {hub.hostname}" + (f":{hub.port}" if hub.port else "")
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"{where} answered with status {error.response.status_code}"
+    return f"{where} cannot be reached ({type(error).__name__})"
+
+
+def _without_query(record: logging.LogRecord) -> bool:
+    """Cut the query off every URL in a message: a signed one opens the file to whoever reads it."""
+    record.msg, record.args = re.sub(r"(https?://[^\s?]+)\?[^\s:]*", r"\1", record.getMessage()), ()
+    return True
 
 
 def load(checkpoint: Checkpoint, model: Model) -> torch.nn.Module:
