@@ -90,10 +90,10 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
     with stage("quantize"):
         tuning = _tuning(cell, tokenizer, cache)
         if cell.options is None or cell.schemes[0].family == "mx":
-            tuned = None
-            if tuning is not None:
-                source = models.load_for_auto_round(loaded.checkpoint, cell.model)
-                tuned = quantize.tuned_weights(source, tokenizer, allocation, tuning)
+            tuned = tuning and quantize.tuned_weights(
+                models.load_for_auto_round(loaded.checkpoint, cell.model),
+                tokenizer, allocation, tuning,
+            )  # fmt: skip
             loaded.in_memory.apply(allocation, tuned)
         else:
             place = _place(cache)  # removed with the last reference to it
@@ -219,8 +219,10 @@ def _exported(
     """A model that was written below `place` with real integer weights and read back; its folder."""
     if cell.eval.engine == "vllm" and (why_not := vllm.refusal(allocation)):
         raise RuntimeError(why_not)
-    source = models.load_for_auto_round(loaded.checkpoint, cell.model)
-    folder = quantize.export(source, loaded.tokenizer, allocation, Path(place.name), tuning)
+    folder = quantize.export(
+        models.load_for_auto_round(loaded.checkpoint, cell.model),
+        loaded.tokenizer, allocation, Path(place.name), tuning,
+    )  # fmt: skip
     notes["exported_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     model = quantize.reload(folder, loaded.model.device, loaded.model.dtype)
     notes["backend"] = quantize.came_back(model, allocation)

@@ -2,14 +2,16 @@
 
 import ast
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import cell
+from conftest import CACHE, cell, configuration, tiny_overrides
 
-from mixprec.cell import ConfigError
+from mixprec import sweep
+from mixprec.cell import ConfigError, cell_of
 from mixprec.evaluate import vllm
 
 WEIGHT_ONLY = ("options=w2_w4", "budget=3", "eval.engine=vllm")
@@ -76,3 +78,40 @@ def test_lm_evals_class_accepts_what_it_is_given(tiny):
     assert given.keys() <= {argument.arg for argument in init.args.args}
     assert given["add_bos_token"] is True and given["max_model_len"] == 4096
     assert given["trust_remote_code"] is False
+
+
+def test_a_cell_hands_its_exported_folder_over(tiny, tmp_path, installed, monkeypatch):
+    """lm-eval's `hf` model in the place of vLLM, loading the folder by itself as vLLM would."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    loaded = []
+
+    def stand_in(folder, model, dtype):
+        loaded.append(Path(folder))
+        return HFLM(str(folder), dtype=torch.float32, device="cpu", add_bos_token=model.bos)
+
+    monkeypatch.setattr(vllm, "language_model", stand_in)
+    where = [f"results='{tmp_path}'", f"cache='{CACHE}'", "tracking=off"]
+    common = [*where, *tiny_overrides(tiny["llama"]), "budget=6",
+              "options.name=w4g32_w8g32", "options.schemes=[w4g32,w8g32]"]  # fmt: skip
+
+    def run(*overrides):
+        cfg = configuration(*common, *overrides)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            one = cell_of(cfg)
+        return sweep.run_cell(one, cfg), tmp_path / one.path / "result.json"
+
+    done, file = run("baseline=low", "eval.engine=vllm")
+    assert done.state == "done" and not loaded[0].exists()  # it was there, and is gone
+    by_vllm = json.loads(file.read_text())
+    _, file = run("baseline=low", "force=true")
+    ours = json.loads(file.read_text())
+    assert by_vllm["metrics"] == ours["metrics"] and by_vllm["kl"] == ours["kl"]
+    assert by_vllm["notes"] == ours["notes"] and not by_vllm["evaluated_tokens"]
+
+    bf16, _ = run("baseline=bf16", "eval.engine=vllm")
+    assert bf16.state == "done" and loaded[1] == Path(tiny["llama"])
+    split, _ = run("baseline=random", "eval.engine=vllm")
+    assert split.failed and "as one layer" in split.message and len(loaded) == 2
