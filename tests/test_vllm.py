@@ -17,36 +17,32 @@ from mixprec.evaluate import vllm
 WEIGHT_ONLY = ("options=w2_w4", "budget=3", "eval.engine=vllm")
 
 
-@pytest.fixture
-def installed(monkeypatch):
-    """As if the package were there; whether a GPU is, is another question."""
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name: SimpleNamespace() if name == "vllm" else find(name),
-    )
-
-
-def test_it_is_refused_where_it_is_not_installed(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else True)
-    with pytest.raises(
-        ConfigError, match=r"vllm is not installed; accepted here: shared_prefix, hf"
-    ):
-        cell(*WEIGHT_ONLY)
-
-
-def test_it_is_refused_without_a_gpu_and_accepted_with_one(installed, monkeypatch):
+def pretend(patch, *, package: bool, gpu: bool) -> None:
     import torch
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    find, here = importlib.util.find_spec, SimpleNamespace() if package else None
+    patch.setattr(importlib.util, "find_spec", lambda name: here if name == "vllm" else find(name))
+    patch.setattr(torch.cuda, "is_available", lambda: gpu)
+
+
+def test_it_is_refused_where_it_cannot_be(monkeypatch):
+    pretend(monkeypatch, package=False, gpu=True)
+    with pytest.raises(
+        ConfigError, match="vllm is not installed; accepted here: shared_prefix, hf"
+    ):
+        cell(*WEIGHT_ONLY)
+    pretend(monkeypatch, package=True, gpu=False)
     with pytest.raises(ConfigError, match="no CUDA GPU is seen; accepted here: shared_prefix, hf"):
         cell(*WEIGHT_ONLY)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert cell(*WEIGHT_ONLY).eval.engine == "vllm"
-    assert cell("baseline=bf16", "eval.engine=vllm").eval.engine == "vllm"
+    pretend(monkeypatch, package=True, gpu=True)
     with pytest.raises(ConfigError, match="mxfp4_mxfp8 are rounded in memory and not exported"):
         cell("eval.engine=vllm")
+
+
+def test_it_is_accepted_where_it_can_be(monkeypatch):
+    pretend(monkeypatch, package=True, gpu=True)
+    assert cell(*WEIGHT_ONLY).eval.engine == "vllm"
+    assert cell("baseline=bf16", "eval.engine=vllm").options is None
 
 
 def test_a_mix_within_what_vllm_fuses_is_refused():
@@ -80,7 +76,7 @@ def test_lm_evals_class_accepts_what_it_is_given(tiny):
     assert given["trust_remote_code"] is False
 
 
-def test_a_cell_hands_its_exported_folder_over(tiny, tmp_path, installed, monkeypatch):
+def test_a_cell_hands_its_exported_folder_over(tiny, tmp_path, monkeypatch):
     """lm-eval's `hf` model in the place of vLLM, loading the folder by itself as vLLM would."""
     import torch
     from lm_eval.models.huggingface import HFLM
@@ -99,7 +95,7 @@ def test_a_cell_hands_its_exported_folder_over(tiny, tmp_path, installed, monkey
     def run(*overrides):
         cfg = configuration(*common, *overrides)
         with monkeypatch.context() as patch:
-            patch.setattr(torch.cuda, "is_available", lambda: True)
+            pretend(patch, package=True, gpu=True)
             one = cell_of(cfg)
         return sweep.run_cell(one, cfg), tmp_path / one.path / "result.json"
 
