@@ -208,7 +208,7 @@ def test_a_layer_that_came_back_otherwise_is_named(round_trip):
     with pytest.raises(RuntimeError) as raised:
         quantize.came_back(reloaded, {**allocation, name: "w4g32"})
     assert str(raised.value) == (
-        f"{name} was reloaded as QuantLinear of 2 bits in groups of 32; "
+        f"{name} was reloaded as QuantLinearGPTQ of 2 bits in groups of 32; "
         "allocated: 4 bits in groups of 32"
     )
     with pytest.raises(RuntimeError, match="lm_head was reloaded as Linear of None bits"):

@@ -12,7 +12,8 @@ from mixprec.rounding import round_mx
 from mixprec.schemes import SCHEMES
 from mixprec.tables import Row
 
-SMALL = ["tuning.iters=3", "tuning.samples=4", "tuning.tokens=64", "tuning.batch_size=2"]
+# Of two or three steps none may be better than rounding to nearest, and then AutoRound keeps that.
+SMALL = ["tuning.iters=20", "tuning.samples=4", "tuning.tokens=64", "tuning.batch_size=2"]
 WEIGHT_ONLY = ["options.name=w2g32_w4g32", "options.schemes=[w2g32,w4g32]"]
 
 
@@ -126,7 +127,7 @@ def test_tuned_and_nearest_cells_stand_side_by_side(tiny, tmp_path):
     nearest = result_of(tmp_path, run(tmp_path, *overrides))
     done = run(tmp_path, *overrides, *SMALL)
     tuned = result_of(tmp_path, done)
-    assert done.cell.path.endswith("tail8-5-tuned3")
+    assert done.cell.path.endswith("tail8-5-tuned20")
     assert tuned["realised_bits"] == nearest["realised_bits"]
     assert tuned["kl"]["mean"] != nearest["kl"]["mean"]
     assert 0.5 < tuned["kl"]["mean"] / nearest["kl"]["mean"] < 2
