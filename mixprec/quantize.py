@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -41,25 +45,36 @@ class InMemory:
         self._version = 0
         self._by_bits: dict[int, torch.Tensor] = {}
 
-    def apply(self, allocation: dict[str, str]) -> None:
-        """Round weights now and inputs at every call; layers in bf16 get their reference back."""
+    def apply(
+        self, allocation: dict[str, str], tuned: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """Round weights now and inputs at every call; layers in bf16 get their reference back.
+
+        tuned: weights that take the place of those rounded to nearest, as of `tuned_weights`.
+        """
         for name, scheme_name in allocation.items():
-            if scheme_name != self._scheme.get(name, BF16.name):
+            if tuned is not None:
+                self._set(name, scheme_named(scheme_name), tuned[name])
+            elif scheme_name != self._scheme.get(name, BF16.name):
                 self._set(name, scheme_named(scheme_name))
 
-    def _set(self, name: str, scheme: Scheme) -> None:
+    def _set(self, name: str, scheme: Scheme, tuned: torch.Tensor | None = None) -> None:
         module = self._modules[name]
         if name in self._hooks:
             self._hooks.pop(name).remove()
-        # The checkpoint's weights are bfloat16; an MX value of a bfloat16 group is one again.
         if isinstance(module, PackedLinear):
-            weight = module.weight.data
+            reference = module.weight.data
         else:
             if name not in self._reference:
                 self._reference[name] = module.weight.data.to("cpu", torch.bfloat16, copy=True)
-            weight = self._reference[name].to(module.weight.device)
-        if scheme is not BF16:
-            weight = round_mx(weight, scheme.bits)
+            reference = self._reference[name]
+        # The checkpoint's weights are bfloat16; an MX value of a bfloat16 group is one again.
+        if tuned is not None:
+            weight = tuned
+        elif scheme is BF16:
+            weight = reference
+        else:
+            weight = round_mx(reference.to(module.weight.device), scheme.bits)
         if isinstance(module, PackedLinear):
             module.pack(weight)
         else:
@@ -68,7 +83,8 @@ class InMemory:
             self._hooks[name] = module.register_forward_pre_hook(
                 lambda _, inputs: (self._rounded(inputs[0], scheme.bits), *inputs[1:])
             )
-        self._scheme[name] = scheme.name
+        # A tuned layer is in no scheme that is asked for, so the next allocation sets it again.
+        self._scheme[name] = scheme.name if tuned is None else f"tuned {scheme.name}"
 
     def _rounded(self, tensor: torch.Tensor, bits: int) -> torch.Tensor:
         """Rounded input of a linear; q, k and v, or gate and up, have the same and share it."""
@@ -79,12 +95,57 @@ class InMemory:
         return self._by_bits[bits]
 
 
-def export(model: torch.nn.Module, tokenizer, allocation: dict[str, str], folder: Path) -> Path:
+@dataclass(frozen=True)
+class Tuned:
+    """AutoRound's tuning instead of rounding to nearest: what it takes.
+
+    iters: steps a block; batch_size: samples a step; texts: samples of at least `tokens` tokens.
+    """
+
+    iters: int
+    batch_size: int
+    tokens: int
+    texts: list[str]
+
+
+def tuned_weights(
+    model: torch.nn.Module, tokenizer, allocation: dict[str, str], tuning: Tuned
+) -> dict[str, torch.Tensor]:
+    """AutoRound's tuned weights of every MX layer, already on their grid, bfloat16 on the CPU.
+
+    model: the reference, in bfloat16; it is consumed. AutoRound tunes the weights' rounding and
+    scales alone: activations are rounded as without tuning, so these weights are the whole of it.
+    """
+    with _auto_round(model, tokenizer, allocation, tuning) as compressor:
+        quantized, _ = compressor.quantize()
+    return {
+        name: quantized.get_submodule(name).orig_layer.weight.data.to("cpu", torch.bfloat16)
+        for name in allocation
+    }
+
+
+def export(
+    model: torch.nn.Module,
+    tokenizer,
+    allocation: dict[str, str],
+    folder: Path,
+    tuning: Tuned | None = None,
+) -> Path:
     """Write `model` to disk with real integer weights in auto-round's own format, safetensors.
 
     model: the reference, in bfloat16; it is consumed. Returns the folder with the checkpoint.
     """
-    from auto_round import AutoRound, RTNConfig
+    with _auto_round(model, tokenizer, allocation, tuning) as compressor:
+        compressor.quantize_and_save(str(folder), format="auto_round")
+    return next(path.parent for path in sorted(folder.rglob("config.json")))
+
+
+@contextmanager
+def _auto_round(
+    model: torch.nn.Module, tokenizer, allocation: dict[str, str], tuning: Tuned | None
+) -> Iterator:
+    """AutoRound set up to quantize `model` as allocated; to nearest without `tuning`."""
+    from auto_round import AutoRound, RTNConfig, SignRoundConfig
 
     lowest = min({scheme_named(name) for name in allocation.values()}, key=lambda s: s.bits)
     others = {
@@ -92,17 +153,26 @@ def export(model: torch.nn.Module, tokenizer, allocation: dict[str, str], folder
         for layer, name in allocation.items()
         if name != lowest.name
     }
-    compressor = AutoRound(
-        model,
-        tokenizer,
-        scheme=lowest.preset,
-        layer_config=others,
-        alg_configs=RTNConfig(disable_opt_rtn=True),  # to nearest: no search for scales
-        iters=0,
-        enable_torch_compile=False,
-    )
-    compressor.quantize_and_save(str(folder), format="auto_round")
-    return next(path.parent for path in sorted(folder.rglob("config.json")))
+    settings = {"scheme": lowest.preset, "layer_config": others, "enable_torch_compile": False}
+    if tuning is None:
+        # To nearest: no search for scales either.
+        nearest = RTNConfig(disable_opt_rtn=True)
+        yield AutoRound(model, tokenizer, alg_configs=nearest, iters=0, **settings)
+        return
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "texts.json"  # auto-round reads text from the hub or from a file
+        file.write_text(json.dumps([{"text": text} for text in tuning.texts]), encoding="utf-8")
+        yield AutoRound(
+            model,
+            tokenizer,
+            alg_configs=SignRoundConfig(iters=tuning.iters),
+            nsamples=len(tuning.texts),
+            seqlen=tuning.tokens,
+            batch_size=tuning.batch_size,
+            dataset=str(file),
+            device_map="cuda" if torch.cuda.is_available() else "cpu",
+            **settings,
+        )
 
 
 def reload(folder: Path, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
@@ -118,6 +188,25 @@ def reload(folder: Path, device: torch.device, dtype: torch.dtype) -> torch.nn.M
         .eval()
         .requires_grad_(False)
     )
+
+
+def came_back(model: torch.nn.Module, allocation: dict[str, str]) -> str:
+    """The kernels that a reloaded model's layers really have, such as `ark`, by their own name.
+
+    Raises RuntimeError in one line if a layer has other bits or another group size than allocated.
+    """
+    kernels = set()
+    for name, scheme_name in allocation.items():
+        module, scheme = model.get_submodule(name), scheme_named(scheme_name)
+        found = getattr(module, "bits", None), getattr(module, "group_size", None)
+        if found != (scheme.bits, scheme.group_size):
+            raise RuntimeError(
+                f"{name} was reloaded as {type(module).__name__} of {found[0]} bits in groups of "
+                f"{found[1]}; allocated: {scheme.bits} bits in groups of {scheme.group_size}"
+            )
+        # auto-round's classes name their kernel and its packing: `ark_gptq_nozp`, `torch`, …
+        kernels.add(getattr(module, "QUANT_TYPE", type(module).__module__).split("_")[0])
+    return ", ".join(sorted(kernels))
 
 
 def _layer_settings(scheme: Scheme) -> dict:

@@ -16,7 +16,7 @@ import torch
 from mixprec import data, models, provenance, quantize, tracking
 from mixprec.allocate import Request, allocate
 from mixprec.cell import Cell, Config, check_divides, digest
-from mixprec.evaluate import harness, kl
+from mixprec.evaluate import harness, kl, vllm
 from mixprec.models import Checkpoint
 from mixprec.profile import profile
 from mixprec.schemes import BF16, Layer, realised_bits
@@ -86,18 +86,32 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
         )
         allocation = allocate(layers, cell.schemes, cell.budget, request)
 
+    folder = loaded.checkpoint.folder
     with stage("quantize"):
+        tuning = _tuning(cell, tokenizer, cache)
         if cell.options is None or cell.schemes[0].family == "mx":
-            loaded.in_memory.apply(allocation)
+            tuned = tuning and quantize.tuned_weights(
+                models.load_for_auto_round(loaded.checkpoint, cell.model),
+                tokenizer, allocation, tuning,
+            )  # fmt: skip
+            loaded.in_memory.apply(allocation, tuned)
         else:
-            model = _exported(loaded, cell, allocation, cache, notes)
+            place = _place(cache)  # removed with the last reference to it
+            model, folder = _exported(loaded, cell, allocation, tuning, place, notes)
 
     divergence = None
     if reference is not None:
         with stage("kl"):
             divergence = kl.divergence(model, tokens, reference)
+    arithmetic, device = model.dtype, model.device
     with stage("evaluate"):
-        metrics, samples, tokens_run = harness.accuracy(model, tokenizer, cell, cache)
+        if cell.eval.engine == "vllm":
+            # It loads the folder by itself and wants the GPU for itself.
+            model = loaded.model = loaded.in_memory = None
+            forget()
+        metrics, samples, tokens_run = harness.accuracy(
+            folder if model is None else model, tokenizer, cell, cache
+        )
 
     bits = realised_bits(layers, allocation)
     bits_with_scales = realised_bits(layers, allocation, count_scales=True)
@@ -126,8 +140,8 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
         "peak_memory_bytes": provenance.peak_memory(),
         "provenance": {
             **provenance.collect(),
-            "arithmetic": str(model.dtype).removeprefix("torch."),
-            "device": str(model.device),
+            "arithmetic": str(arithmetic).removeprefix("torch."),
+            "device": str(device),
             "model_revision": loaded.checkpoint.revision,
             "model_hash": loaded.checkpoint.fingerprint,
             "documents": harness.documents_hash(samples),
@@ -182,17 +196,39 @@ def forget() -> None:
         torch.cuda.empty_cache()
 
 
-def _exported(loaded: _Loaded, cell: Cell, allocation: dict, cache: Path, notes: dict):
-    """A model that was written to disk with real integer weights and read back."""
+def _tuning(cell: Cell, tokenizer, cache: Path) -> quantize.Tuned | None:
+    """What AutoRound tunes `cell`'s rounding with; None if it is to nearest."""
+    if cell.tuning is None:
+        return None
+    texts = data.calibration_texts(cell.tuning_text, tokenizer, cache, "tuning")
+    return quantize.Tuned(cell.tuning.iters, cell.tuning.batch_size, cell.tuning_text.tokens, texts)
+
+
+def _place(cache: Path) -> tempfile.TemporaryDirectory:
     folder = cache / "exports"
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        source = models.load_for_auto_round(loaded.checkpoint, cell.model)
-        exported = quantize.export(source, loaded.tokenizer, allocation, Path(place))
-        notes["exported_bytes"] = sum(f.stat().st_size for f in exported.glob("*.safetensors"))
-        device = loaded.model.device
-        notes["backend"] = quantize.BACKENDS.get(device.type) or "auto"
-        return quantize.reload(exported, device, loaded.model.dtype)
+    return tempfile.TemporaryDirectory(dir=folder)
+
+
+def _exported(
+    loaded: _Loaded,
+    cell: Cell,
+    allocation: dict,
+    tuning: quantize.Tuned | None,
+    place: tempfile.TemporaryDirectory,
+    notes: dict,
+) -> tuple[torch.nn.Module, Path]:
+    """A model that was written below `place` with real integer weights and read back; its folder."""
+    if cell.eval.engine == "vllm" and (why_not := vllm.refusal(allocation)):
+        raise RuntimeError(why_not)
+    folder = quantize.export(
+        models.load_for_auto_round(loaded.checkpoint, cell.model),
+        loaded.tokenizer, allocation, Path(place.name), tuning,
+    )  # fmt: skip
+    notes["exported_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    model = quantize.reload(folder, loaded.model.device, loaded.model.dtype)
+    notes["backend"] = quantize.came_back(model, allocation)
+    return model, folder
 
 
 def _say(result: dict) -> None:

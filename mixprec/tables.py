@@ -57,11 +57,12 @@ class Row:
         name, budget, options = (self.config[key] for key in ("baseline", "budget", "options"))
         if name["name"] == "bf16":
             return "BF16"
+        tuned = f", tuned {self.config['tuning']['iters']}" if "tuning" in self.config else ""
         if budget is None:
             scheme = options["schemes"][0 if name["name"] == "low" else -1]
-            return f"{name['name']} ({scheme})"
+            return f"{name['name']} ({scheme}){tuned}"
         seed = f" (seed {self.config['seed']})" if self.config["seed"] else ""
-        return f"{name['name']} {budget:.10g}-bit{seed}"
+        return f"{name['name']} {budget:.10g}-bit{seed}{tuned}"
 
     @property
     def group(self) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import ARCHITECTURES, CACHE, configuration, tiny_overrides
+from safetensors.torch import load_file
 
 from mixprec import models, quantize
 from mixprec.schemes import SCHEMES
@@ -122,19 +123,97 @@ def test_the_head_and_embeddings_are_never_quantized(tiny):
         ]
 
 
-def test_a_mixed_weight_only_model_is_exported_and_reloaded(tiny, monkeypatch, tmp_path):
-    """Real files, real kernels: each layer comes back with its own bits and nearly its values."""
-    monkeypatch.chdir(tmp_path)
-    model, tokenizer = loaded(tiny["llama"])
-    allocation = mixed(model, "w4g32", "w8g32")
-    tokens = torch.randint(3, 200, (1, 40), generator=torch.Generator().manual_seed(0))
-    exact = model(tokens).logits
-    folder = quantize.export(model.bfloat16(), tokenizer, allocation, tmp_path / "export")
-    assert list(folder.glob("*.safetensors")) and not list(folder.glob("*.bin"))
+@pytest.fixture(scope="module")
+def round_trip(tiny, tmp_path_factory):
+    """(options) -> (allocation, reference weights, what is on disk, the reloaded model), made once."""
+    made = {}
 
-    reloaded = quantize.reload(folder, torch.device("cpu"), torch.float32)
-    modules = dict(reloaded.named_modules())
-    for name, scheme in allocation.items():
-        assert modules[name].bits == SCHEMES[scheme].bits, name
-    close = torch.nn.functional.cosine_similarity(reloaded(tokens).logits, exact, dim=-1)
-    assert close.min() > 0.9
+    def get(architecture: str, low: str, high: str):
+        if (architecture, low) not in made:
+            model, tokenizer = loaded(tiny[architecture])
+            allocation = mixed(model, low, high)
+            reference = {n: model.get_submodule(n).weight.data.bfloat16() for n in allocation}
+            folder = quantize.export(
+                model.bfloat16(), tokenizer, allocation, tmp_path_factory.mktemp("export")
+            )
+            assert not list(folder.glob("*.bin")), "a pickle"
+            stored = {}
+            for file in folder.glob("*.safetensors"):
+                stored |= load_file(file)
+            reloaded = quantize.reload(folder, torch.device("cpu"), torch.float32)
+            made[architecture, low] = allocation, reference, stored, reloaded
+        return made[architecture, low]
+
+    return get
+
+
+def dequantized(stored: dict, name: str, bits: int, group_size: int) -> torch.Tensor:
+    """A layer's weight as its integers and scales on disk say, float32 [out, in]."""
+    packed, scales = stored[f"{name}.qweight"], stored[f"{name}.scales"]
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)[None, :, None]
+    integers = (packed[:, None, :] >> shifts & 2**bits - 1).reshape(-1, packed.shape[1])
+    return ((integers - 2 ** (bits - 1)) * scales.float().repeat_interleave(group_size, 0)).T
+
+
+MIXES = [("llama", "w2g32", "w4g32"), ("qwen2", "w4g32", "w8g32")]  # qwen2 has biases
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_every_layer_comes_back_as_it_was_allocated(mix, round_trip):
+    """Its bits, its groups, and bit for bit the weight that auto-round's own function rounds to."""
+    from auto_round.data_type.int import quant_tensor_sym
+
+    allocation, reference, stored, reloaded = round_trip(*mix)
+    assert quantize.came_back(reloaded, allocation) == "ark"
+    for name, scheme_name in allocation.items():
+        scheme = SCHEMES[scheme_name]
+        rows, columns = reference[name].shape
+        assert stored[f"{name}.qweight"].shape == (columns * scheme.bits // 32, rows)
+        assert stored[f"{name}.scales"].shape == (columns // scheme.group_size, rows)
+        assert stored[f"{name}.scales"].dtype == torch.float16
+        weight = dequantized(stored, name, scheme.bits, scheme.group_size)
+        nearest, _, _ = quant_tensor_sym(
+            reference[name].clone(), bits=scheme.bits, group_size=scheme.group_size
+        )
+        # The function multiplies and then rounds to bfloat16; what is stored is not rounded so.
+        assert torch.equal(weight.bfloat16(), nearest), name
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_the_kernel_multiplies_by_what_is_stored(mix, round_trip):
+    """Against float64. Here the kernel computes in float32; with AMX it may take bfloat16."""
+    allocation, _, stored, reloaded = round_trip(*mix)
+    for name, scheme_name in allocation.items():
+        module, scheme = reloaded.get_submodule(name), SCHEMES[scheme_name]
+        weight = dequantized(stored, name, scheme.bits, scheme.group_size).double()
+        x = torch.randn(50, weight.shape[1], generator=torch.Generator().manual_seed(1))
+        exact = x.double() @ weight.T
+        if f"{name}.bias" in stored:
+            exact += stored[f"{name}.bias"]
+        assert (module(x) - exact).norm() < 2**-8 * exact.norm(), name
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_the_reloaded_models_logits_are_the_in_memory_ones(mix, tiny, round_trip):
+    allocation, _, stored, reloaded = round_trip(*mix)
+    model, _ = loaded(tiny[mix[0]])
+    for name, scheme_name in allocation.items():
+        scheme = SCHEMES[scheme_name]
+        weight = dequantized(stored, name, scheme.bits, scheme.group_size)
+        model.get_submodule(name).weight.data.copy_(weight)
+    tokens = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
+    exact, actual = model(tokens).logits, reloaded(tokens).logits
+    assert (actual - exact).norm() < 2**-6 * exact.norm()
+
+
+def test_a_layer_that_came_back_otherwise_is_named(round_trip):
+    allocation, _, _, reloaded = round_trip(*MIXES[0])
+    name = next(name for name, scheme in allocation.items() if scheme == "w2g32")
+    with pytest.raises(RuntimeError) as raised:
+        quantize.came_back(reloaded, {**allocation, name: "w4g32"})
+    assert str(raised.value) == (
+        f"{name} was reloaded as QuantLinearGPTQ of 2 bits in groups of 32; "
+        "allocated: 4 bits in groups of 32"
+    )
+    with pytest.raises(RuntimeError, match="lm_head was reloaded as Linear of None bits"):
+        quantize.came_back(reloaded, {"lm_head": "w4g32"})

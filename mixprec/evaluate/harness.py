@@ -10,18 +10,19 @@ import pandas as pd
 import torch
 
 from mixprec.cell import Cell
+from mixprec.evaluate import vllm
 from mixprec.evaluate.tasks import tasks_of
 
 
 def accuracy(
-    model: torch.nn.Module, tokenizer, cell: Cell, cache: Path
+    model: torch.nn.Module | Path, tokenizer, cell: Cell, cache: Path
 ) -> tuple[dict[str, dict], pd.DataFrame, dict[str, int]]:
-    """Plain `acc` of every task, and a row a document.
+    """Plain `acc` of every task, and a row a document. model: with engine=vllm, its folder.
 
     Returns (metrics, samples, tokens): metrics maps a task to acc, stderr and n; samples has the columns
     task, leaf (lm-eval's name: mmlu's subject), doc_id, doc_hash, loglikelihoods (one a choice,
     natural log), target (index of the right choice; 0 for lambada), correct; tokens says how many
-    were asked for, run, run as padding, and put through the output head (empty with engine=hf or where it had to be used).
+    were asked for, run, run as padding, and put through the output head (empty with another engine or where it had to be used).
 
     Raises FloatingPointError if a log-likelihood is not finite.
     """
@@ -48,19 +49,13 @@ def accuracy(
     return metrics, samples, counted if counted["run"] else {}
 
 
-def language_model(model: torch.nn.Module, tokenizer, cell: Cell):
+def language_model(model: torch.nn.Module | Path, tokenizer, cell: Cell):
     """The engine around `model`, log-likelihoods accumulated in float32, BOS as configured."""
-    from lm_eval.models.huggingface import HFLM
-
-    from mixprec.evaluate.shared_prefix import SharedPrefixLM
-
-    lm = {"hf": HFLM, "shared_prefix": SharedPrefixLM}[cell.eval.engine](
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=cell.eval.batch_size,
-        softmax_dtype="float32",
-        add_bos_token=cell.model.bos,
-    )
+    if cell.eval.engine == "vllm":
+        dtype = "bfloat16" if cell.model.dtype == "auto" else cell.model.dtype
+        lm = vllm.language_model(model, cell.model, dtype)
+    else:
+        lm = _around(model, tokenizer, cell)
     begins_with_bos = lm.tok_encode("The")[0] == tokenizer.bos_token_id
     if begins_with_bos != cell.model.bos:
         raise RuntimeError(
@@ -68,6 +63,20 @@ def language_model(model: torch.nn.Module, tokenizer, cell: Cell):
             f"{'begins' if begins_with_bos else 'does not begin'} with the BOS token"
         )
     return lm
+
+
+def _around(model: torch.nn.Module, tokenizer, cell: Cell):
+    from lm_eval.models.huggingface import HFLM
+
+    from mixprec.evaluate.shared_prefix import SharedPrefixLM
+
+    return {"hf": HFLM, "shared_prefix": SharedPrefixLM}[cell.eval.engine](
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=cell.eval.batch_size,
+        softmax_dtype="float32",
+        add_bos_token=cell.model.bos,
+    )
 
 
 def summary(samples: pd.DataFrame) -> dict:
