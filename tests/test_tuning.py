@@ -103,7 +103,7 @@ def test_in_memory_it_is_auto_rounds_own_tuned_model(mx, tiny):
     model, _ = loaded(tiny["llama"])
     tokens = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
     exact = model(tokens).logits
-    in_memory = quantize.InMemory(model)
+    in_memory = quantize.InMemory(model, packed=False)
     in_memory.apply(allocation)
     nearest = model(tokens).logits
     in_memory.apply(allocation, weights)
