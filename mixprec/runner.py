@@ -249,7 +249,7 @@ def _say(result: dict) -> None:
         )
     mean, kl = result["mean"], result["kl"]
     error = "" if mean["stderr"] is None else f" ± {mean['stderr']:.4f}"
-    divergence = "" if kl is None else f", KL {kl['mean']:.4f} nats/token"
+    divergence = "" if kl is None else f", KL {abs(kl['mean']):.4f} nats/token"
     log.info(
         "  accuracy %.4f%s (n=%d)%s, %.3f bits, %.0f s",
         mean["acc"],

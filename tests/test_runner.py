@@ -1,6 +1,7 @@
 """Cells from start to end on tiny models: stored, resumed, failed, forced; one scoring for all budgets."""
 
 import json
+import re
 import shutil
 import threading
 
@@ -54,6 +55,17 @@ def test_a_profile_says_where_the_time_goes(tiny, tmp_path, caplog):
     assert found["useful_flop"] == 2 * (weights * tokens["run"] + head * tokens["rows"])
     assert 0 < found["utilisation"] < 1
     assert "of the machine's matrix-product peak" in caplog.text and "seconds: load" in caplog.text
+
+
+def test_one_bar_shows_how_far_an_evaluation_is(tiny, tmp_path, capfd):
+    run(tmp_path, *tiny_overrides(tiny["llama"]), "baseline=bf16", "eval.kl.sequences=0")
+    bars = [
+        line
+        for line in re.split(r"[\r\n]", capfd.readouterr().err)
+        if "it/s]" in line or "tok" in line
+    ]
+    assert any("log-likelihoods" in bar for bar in bars)
+    assert not any(bar.strip().startswith(("0%", "100%")) for bar in bars)  # without a name
 
 
 def test_bf16_is_a_cell_like_any_other(tiny, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -30,14 +32,15 @@ def accuracy(
 
     tasks = tasks_of(cell.eval, cache)
     lm = language_model(model, tokenizer, cell)
-    results = lm_eval.simple_evaluate(
-        model=lm,
-        tasks=tasks.specs,
-        task_manager=tasks.manager,
-        samples=tasks.documents,
-        bootstrap_iters=0,  # standard errors are taken from the samples below
-        log_samples=True,
-    )
+    with _no_bar_for_prompts():
+        results = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=tasks.specs,
+            task_manager=tasks.manager,
+            samples=tasks.documents,
+            bootstrap_iters=0,  # standard errors are taken from the samples below
+            log_samples=True,
+        )
     rows = []
     for name, leaves in tasks.leaves.items():
         for leaf in leaves:
@@ -47,6 +50,18 @@ def accuracy(
     metrics = {name: summary(samples[samples.task == name]) for name in tasks.leaves}
     counted = {key: getattr(lm, f"tokens_{key}", 0) for key in ("asked", "run", "padded", "rows")}
     return metrics, samples, counted if counted["run"] else {}
+
+
+@contextmanager
+def _no_bar_for_prompts():
+    """lm-eval shows a bar for each of sixty tasks while it writes their prompts: milliseconds each."""
+    from lm_eval.api import task
+
+    shown, task.tqdm = task.tqdm, partial(task.tqdm, disable=True)
+    try:
+        yield
+    finally:
+        task.tqdm = shown
 
 
 def language_model(model: torch.nn.Module | Path, tokenizer, cell: Cell):
