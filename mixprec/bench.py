@@ -18,22 +18,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-
 import mixprec.environment  # noqa: F401 - first, as in run.py
-from mixprec import sweep
-from mixprec.cell import FIVE_TASKS, Config, typed
+from mixprec.cell import FIVE_TASKS, Config
 from mixprec.store import write_json
+from mixprec.sweep import CONF, configuration
 
 CACHE = Path(".cache")
 OUTPUT = Path("results/bench")
 PEER_BATCH = 4  # lm_eval's best on two cores, as `evaluate` finds it
-_CONF = Path(__file__).resolve().parent.parent / "conf"
-
-
-def configuration(*overrides: str) -> Config:
-    with initialize_config_dir(str(_CONF), version_base="1.3"):
-        return typed(sweep.without_hydra(compose("config", list(overrides))))
 
 
 # --- one measurement, in its own process ------------------------------------------------------
@@ -281,7 +273,7 @@ def _column_of_this_project(place: Path, limit: int, dtype: str) -> dict[str, fl
         (place / name).symlink_to((CACHE / name).resolve())
     common = [f"model.limit={limit}", f"model.dtype={dtype}", "eval.kl.sequences=0"]
     common += [f"cache={place}", f"results={place}/results", "tracking=off"]
-    run = ["python", str(_CONF.parent / "run.py"), "-m", *common]
+    run = ["python", str(CONF.parent / "run.py"), "-m", *common]
     return {
         "run.py, bf16, low, head8, tail8": _timed([*run, "baseline=bf16,low,head8,tail8"]),
         "run.py, ours at three budgets": _timed([*run, "baseline=ours", "budget=4.5,5,6"]),
@@ -310,6 +302,7 @@ def growth() -> dict:
 
     from mixprec.evaluate.shared_prefix import SharedPrefixLM
     from mixprec.models import checkpoint, load_tokenizer
+    from mixprec.quantize import InMemory
 
     cfg = configuration()
     tokenizer = load_tokenizer(checkpoint(cfg.model, CACHE), cfg.model)
@@ -321,15 +314,15 @@ def growth() -> dict:
                 vocab_size=1024, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
                 num_key_value_heads=3, num_hidden_layers=layers, max_position_embeddings=8192,
             )
-        ).eval()  # fmt: skip
+        ).eval().bfloat16().float()  # fmt: skip
+        InMemory(model)
         lm = SharedPrefixLM(pretrained=model, tokenizer=tokenizer)
-        requests = [
-            ((f"{d}", f"{c}"), torch.randint(5, 1024, (length,)).tolist() if c == 0 else None,
-             torch.randint(5, 1024, (10,)).tolist())
-            for d in range(documents) for c in range(choices)
-        ]  # fmt: skip
-        for index, (names, context, choice) in enumerate(requests):
-            requests[index] = (names, context or requests[index - 1][1], choice)
+        requests = []
+        for d in range(documents):
+            context = torch.randint(5, 1024, (length,)).tolist()
+            for c in range(choices):
+                choice = torch.randint(5, 1024, (10,)).tolist()
+                requests.append(((f"{d}", f"{c}"), context, choice))
         best = float("inf")
         for _ in range(2):
             lm.tokens_run = 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hydra.errors
 import omegaconf.errors
+from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -24,6 +25,8 @@ from mixprec.cell import Cell, Config, ConfigError, cell_of, typed
 from mixprec.store import Outcome, Store
 
 log = logging.getLogger(__name__)
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -107,6 +110,12 @@ def main(task: Callable[[], None]) -> int:
     for outcome in failed:
         print(f"failed: {outcome.cell}: {outcome.message}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def configuration(*overrides: str) -> Config:
+    """The typed configuration that `python run.py OVERRIDES` would have."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return typed(without_hydra(compose("config", list(overrides))))
 
 
 def without_hydra(config: DictConfig) -> DictConfig:

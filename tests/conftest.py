@@ -6,22 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from mixprec import runner, sweep
-from mixprec.cell import cell_of, typed
+from mixprec.cell import cell_of
 from mixprec.store import Outcome
+from mixprec.sweep import configuration
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"  # the packaged model and documents are converted there once
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-
-
-def configuration(*overrides: str):
-    """The typed configuration that `python run.py OVERRIDES` would have."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return typed(sweep.without_hydra(compose("config", list(overrides))))
 
 
 def cell(*overrides: str):
