@@ -30,6 +30,9 @@ def allocate(layers, schemes, budget, request) -> dict[str, str]:
     texts_file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         request.note("autoscheme_scores_stored", any(folder.glob("scheme_*.json")))
+        # auto-round tokenizes as the tokenizer does by default; model.bos is about evaluation only.
+        first = tokenizer(texts[0]).input_ids[0]
+        request.note("calibration_begins_with_bos", first == tokenizer.bos_token_id)
         write_json(texts_file, [{"text": text} for text in texts])
         chosen = _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file)
     names = {_identity(scheme.preset): scheme.name for scheme in schemes}

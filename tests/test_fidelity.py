@@ -1,0 +1,115 @@
+"""`ours` is what the `auto_round` command line allocates, under the report's conditions."""
+
+import sys
+
+import pytest
+import torch
+from conftest import CACHE, ROOT, cell
+from safetensors.torch import save_file
+
+from mixprec import data, models
+from mixprec.allocate import Request, allocate
+from mixprec.rounding import round_mx
+from mixprec.schemes import SCHEMES, Layer
+
+sys.path.insert(0, str(ROOT / "experiments" / "fidelity"))
+import compare
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A cache without scores, so that both sides score; the packaged texts are shared."""
+    data.packaged_documents(CACHE)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "documents").symlink_to((CACHE / "documents").resolve())
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "budget"),
+    [("llama", 5), ("qwen3", 4.5)],  # the text begins with BOS; tied embeddings
+)
+def test_ours_allocates_as_the_command_line_does(tiny, cache, tmp_path, architecture, budget):
+    overrides = ["model=custom", f"model.path='{tiny[architecture]}'", "model.source=packaged"]
+    row = compare.compare(compare.cell(budget, overrides), cache, tmp_path / "command")
+    assert (row["layers"], row["equal"], row["differences"]) == (21, 21, {})
+    assert 0 < row["layers_in_highest"] < 21  # neither side could be right by doing nothing
+    assert not row["scores_stored"] and not row["command_scores_stored"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_it_is_noted_whether_calibration_begins_with_bos(tiny, cache, architecture):
+    asked = cell(
+        "model=custom", f"model.path='{tiny[architecture]}'", "model.source=packaged",
+        "calibration.samples=2", "calibration.tokens=64",
+    )  # fmt: skip
+    checkpoint = models.checkpoint(asked.model, cache)
+    layers = models.quantized_layers(models.load_for_auto_round(checkpoint, asked.model))
+    notes = {}
+    request = Request(
+        asked.baseline, None, asked.model, asked.calibration, cache, notes.__setitem__
+    )
+    allocate(layers, asked.schemes, asked.budget, request)
+    assert notes["calibration_begins_with_bos"] is (architecture == "llama")
+
+
+def test_hub_kernels_are_off_and_stop_a_run_if_on(tiny, monkeypatch):
+    from transformers.integrations import hub_kernels
+
+    asked = cell("model=custom", f"model.path='{tiny['llama']}'", "model.source=packaged")
+    checkpoint = models.checkpoint(asked.model, CACHE)
+    models.load(checkpoint, asked.model)
+    monkeypatch.setattr(hub_kernels, "_kernels_enabled", True)
+    with pytest.raises(RuntimeError, match="hub kernels are on"):
+        models.load(checkpoint, asked.model)
+
+
+def test_heldout_tokens_begin_with_bos_where_the_model_wants_it(tiny):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny["qwen3"])  # adds none of its own
+    overrides = ["eval.kl.sequences=2", "eval.kl.tokens=16"]
+    plain, begun = (
+        data.heldout_tokens(cell(*overrides).eval, tokenizer, bos, CACHE) for bos in (False, True)
+    )
+    assert (begun[:, 0] == tokenizer.bos_token_id).all()
+    assert torch.equal(begun[:, 1:], plain[:, :-1])
+
+
+def test_the_printed_table_is_read_layer_by_layer():
+    names = [
+        f"model.layers.{block}.{column}"
+        for block in (1, 11)
+        for column in ("mlp.up_proj", "self_attn.k_proj", "self_attn.q_proj")
+    ]
+    lines = [
+        "\x1b[38;20m2026-01-01 00:00:00 INFO utils.py L1: " + text + "\x1b[0m\n"
+        for text in (
+            "  block    |mlp    |self_attn|      ",
+            "           |up_proj|k_proj   |q_proj",
+            "  ---------|-------|---------|------",
+            "  layers.1 |MXFP4  |MXFP8    |MXFP4 ",
+            "  layers.11|MXFP8  |MXFP4    |MXFP4 ",
+        )
+    ]
+    found = compare.as_printed(lines, names)
+    assert [found[name] for name in names] == [
+        *("mxfp4", "mxfp8", "mxfp4"), *("mxfp8", "mxfp4", "mxfp4"),
+    ]  # fmt: skip
+    with pytest.raises(RuntimeError, match="no scheme of 3 layers"):
+        compare.as_printed(lines[:-1], names)
+
+
+def test_written_weights_show_their_scheme(tmp_path):
+    torch.manual_seed(0)
+    layers = [Layer(f"linear.{bits}", 16, 64) for bits in (4, 6, 8)]
+    weights = {
+        f"linear.{bits}.weight": round_mx(torch.randn(16, 64).bfloat16(), bits)
+        for bits in (4, 6, 8)
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    assert compare.as_written(tmp_path, SCHEMES["mxfp4"], layers) == {
+        "linear.4": True,
+        "linear.6": False,
+        "linear.8": False,
+    }
