@@ -1,5 +1,6 @@
 """`ours` is what the `auto_round` command line allocates, under the report's conditions."""
 
+import json
 import sys
 
 import pytest
@@ -34,23 +35,29 @@ def test_ours_allocates_as_the_command_line_does(tiny, cache, tmp_path, architec
     row = compare.compare(compare.cell(budget, overrides), cache, tmp_path / "command")
     assert (row["layers"], row["equal"], row["differences"]) == (21, 21, {})
     assert 0 < row["layers_in_highest"] < 21  # neither side could be right by doing nothing
+    assert row["calibration_begins_with_bos"] is (architecture == "llama")
     assert not row["scores_stored"] and not row["command_scores_stored"]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_it_is_noted_whether_calibration_begins_with_bos(tiny, cache, architecture):
+def test_scores_come_from_the_configured_calibration_whatever_the_environment_says(
+    tiny, cache, monkeypatch
+):
+    for variable in ("NSAMPLES", "SEQLEN", "BATCH_SIZE"):
+        monkeypatch.setenv(f"AR_AUTO_SCHEME_{variable}", "1")
     asked = cell(
-        "model=custom", f"model.path='{tiny[architecture]}'", "model.source=packaged",
+        "model=custom", f"model.path='{tiny['llama']}'", "model.source=packaged",
         "calibration.samples=2", "calibration.tokens=64",
     )  # fmt: skip
     checkpoint = models.checkpoint(asked.model, cache)
     layers = models.quantized_layers(models.load_for_auto_round(checkpoint, asked.model))
-    notes = {}
-    request = Request(
-        asked.baseline, None, asked.model, asked.calibration, cache, notes.__setitem__
-    )
+    request = Request(asked.baseline, None, asked.model, asked.calibration, cache)
     allocate(layers, asked.schemes, asked.budget, request)
-    assert notes["calibration_begins_with_bos"] is (architecture == "llama")
+    scores = [json.loads(f.read_text()) for f in cache.glob("autoscheme/*/scheme_*.json")]
+    used = [
+        [score["cache_config"][key] for key in ("nsamples", "seqlen", "batch_size")]
+        for score in scores
+    ]
+    assert used == [[2, 64, 8]] * 2
 
 
 def test_hub_kernels_are_off_and_stop_a_run_if_on(tiny, monkeypatch):

@@ -112,6 +112,7 @@ def compare(asked: Cell, cache: Path, place: Path, *, rounded: bool = False) -> 
         "realised_bits": realised_bits(layers, ours),
         "command_realised_bits": realised_bits(layers, theirs),
         "layers_in_highest": sum(name == asked.schemes[-1].name for name in ours.values()),
+        "calibration_begins_with_bos": notes["calibration_begins_with_bos"],
         "scores_stored": notes["autoscheme_scores_stored"],
         "command_scores_stored": stored,
         "seconds": round(time.perf_counter() - start, 1),
@@ -142,7 +143,8 @@ def command_line(
         *ROUNDING_DATA,
     ]
     environment = {
-        **os.environ,
+        # The command with its own defaults, whatever is set where this runs.
+        **{k: v for k, v in os.environ.items() if not k.startswith("AR_AUTO_SCHEME_")},
         "AR_AUTO_SCHEME_CACHE": str(place / "scores"),
         "AR_WORK_SPACE": str(place / "work"),
         "AR_LOG_LEVEL": "INFO",
