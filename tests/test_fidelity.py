@@ -109,14 +109,21 @@ def test_the_printed_table_is_read_layer_by_layer():
 
 def test_written_weights_show_their_scheme(tmp_path):
     torch.manual_seed(0)
-    layers = [Layer(f"linear.{bits}", 16, 64) for bits in (4, 6, 8)]
+    weight = torch.randn(16, 64).bfloat16()
+    few = weight.sign() * (1 + (weight.abs() * 4).round() / 8).clamp(max=3)  # as from a 4-bit file
     weights = {
-        f"linear.{bits}.weight": round_mx(torch.randn(16, 64).bfloat16(), bits)
-        for bits in (4, 6, 8)
+        "any.4": round_mx(weight, 4),
+        "any.8": round_mx(weight, 8),
+        "few.4": round_mx(few, 4),
+        "few.8": round_mx(few, 8),
+        "coarse.4": round_mx(weight / 2, 4).clamp(-1.5, 1.5)
+        * 2,  # another scale than round_mx takes
     }
-    save_file(weights, tmp_path / "model.safetensors")
-    assert compare.as_written(tmp_path, SCHEMES["mxfp4"], layers) == {
-        "linear.4": True,
-        "linear.6": False,
-        "linear.8": False,
-    }
+    save_file(
+        {f"{name}.weight": value for name, value in weights.items()}, tmp_path / "m.safetensors"
+    )
+    layers = [Layer(name, 16, 64) for name in weights]
+    found = compare.as_written(tmp_path, SCHEMES["mxfp4"], layers)
+    assert found == {name: name.endswith(".4") for name in weights}
+    with pytest.raises(RuntimeError, match="wrote 5 of 6 layers"):
+        compare.as_written(tmp_path, SCHEMES["mxfp4"], [*layers, Layer("missing", 16, 64)])

@@ -27,7 +27,8 @@ from hydra import compose, initialize_config_dir
 from mixprec import data, models, sweep
 from mixprec.allocate import Request, allocate
 from mixprec.cell import Cell, cell_of, typed
-from mixprec.schemes import SCHEMES, Layer, realised_bits
+from mixprec.rounding import round_mx
+from mixprec.schemes import SCHEMES, Layer, Scheme, realised_bits
 from mixprec.store import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,15 +42,17 @@ ALLOCATED = "AutoScheme final avg_bits"  # the command's first line after the al
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budgets", type=float, nargs="+", default=[4.5, 5, 6])
-    parser.add_argument("--rounded", action="store_true", help="run the command to its end")
+    parser.add_argument("--budgets", default="4.5,5,6")
+    parser.add_argument("--rounded", action="store_true", help="run the command to its end (MX)")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache")
     parser.add_argument("overrides", nargs="*", help="as for run.py: model=… options=…")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         comparisons = [
-            compare(cell(budget, args.overrides), args.cache, Path(place), rounded=args.rounded)
-            for budget in args.budgets
+            compare(
+                cell(float(budget), args.overrides), args.cache, Path(place), rounded=args.rounded
+            )
+            for budget in args.budgets.split(",")
         ]
     for row in comparisons:
         print(json.dumps({k: v for k, v in row.items() if k != "differences"}))
@@ -197,11 +200,11 @@ def as_printed(lines: list[str], names: list[str]) -> dict[str, str]:
     return found
 
 
-def as_written(output: Path, lowest, layers: list[Layer]) -> dict[str, bool]:
-    """layer name -> True if its written weights are in the lowest scheme.
+def as_written(output: Path, lowest: Scheme, layers: list[Layer]) -> dict[str, bool]:
+    """layer name -> True if its written weights are in the lowest scheme, an MX one.
 
-    b bits have at most 2**b values in a group that shares one scale; a higher scheme shows more
-    than that in some group of any layer that is larger than a few groups.
+    That is so if rounding to it once more changes nothing, whichever power of two the command took
+    for a group's scale: twice the largest element that it uses is an element too.
     """
     from safetensors import safe_open
 
@@ -211,10 +214,9 @@ def as_written(output: Path, lowest, layers: list[Layer]) -> dict[str, bool]:
             stored = set(tensors.keys())
             for layer in layers:
                 if f"{layer.name}.weight" in stored:
-                    groups = tensors.get_tensor(f"{layer.name}.weight").float()
-                    groups = groups.reshape(-1, lowest.group_size).sort().values
-                    values = 1 + (groups.diff() != 0).sum(1).max().item()
-                    written[layer.name] = values <= 2**lowest.bits
+                    weight = tensors.get_tensor(f"{layer.name}.weight")
+                    again = round_mx(weight, lowest.bits)
+                    written[layer.name] = bool((again == weight).all())
     if len(written) != len(layers):
         raise RuntimeError(f"auto_round wrote {len(written)} of {len(layers)} layers")
     return written
