@@ -44,20 +44,34 @@ def test_scores_come_from_the_configured_calibration_whatever_the_environment_sa
 ):
     for variable in ("NSAMPLES", "SEQLEN", "BATCH_SIZE"):
         monkeypatch.setenv(f"AR_AUTO_SCHEME_{variable}", "1")
+    used = [
+        [score["cache_config"][key] for key in ("nsamples", "seqlen", "batch_size")]
+        for score in scores(tiny["llama"], cache)
+    ]
+    assert used == [[2, 64, 8]] * 2
+
+
+def test_mx_options_are_scored_by_their_weights_alone(tiny, cache, monkeypatch):
+    """What docs/fidelity.md says of the installed version: without the weights' part nothing is left."""
+    from auto_round.auto_scheme.delta_loss import AutoSchemeWrapperLinear
+
+    nothing = property(lambda self: 0.0, lambda self, value: None)
+    monkeypatch.setattr(AutoSchemeWrapperLinear, "weight_score", nothing, raising=False)
+    for score in scores(tiny["llama"], cache):
+        assert {loss for _, loss in score["layer_scores"].values()} == {0.0}
+
+
+def scores(folder, cache) -> list[dict]:
+    """The files of scores that `ours` leaves for a tiny model on two short texts."""
     asked = cell(
-        "model=custom", f"model.path='{tiny['llama']}'", "model.source=packaged",
+        "model=custom", f"model.path='{folder}'", "model.source=packaged",
         "calibration.samples=2", "calibration.tokens=64",
     )  # fmt: skip
     checkpoint = models.checkpoint(asked.model, cache)
     layers = models.quantized_layers(models.load_for_auto_round(checkpoint, asked.model))
     request = Request(asked.baseline, None, asked.model, asked.calibration, cache)
     allocate(layers, asked.schemes, asked.budget, request)
-    scores = [json.loads(f.read_text()) for f in cache.glob("autoscheme/*/scheme_*.json")]
-    used = [
-        [score["cache_config"][key] for key in ("nsamples", "seqlen", "batch_size")]
-        for score in scores
-    ]
-    assert used == [[2, 64, 8]] * 2
+    return [json.loads(file.read_text()) for file in cache.glob("autoscheme/*/scheme_*.json")]
 
 
 def test_hub_kernels_are_off_and_stop_a_run_if_on(tiny, monkeypatch):
