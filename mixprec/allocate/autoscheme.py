@@ -9,12 +9,15 @@ here, one for each model's contents, options and calibration, with a lock around
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 
 from filelock import FileLock
 
 from mixprec import data, models
 from mixprec.cell import digest
 from mixprec.store import write_json
+
+BATCH_SIZE = 8  # samples in one backward pass; the command line's, where no flag sets it
 
 
 def allocate(layers, schemes, budget, request) -> dict[str, str]:
@@ -30,6 +33,9 @@ def allocate(layers, schemes, budget, request) -> dict[str, str]:
     texts_file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         request.note("autoscheme_scores_stored", any(folder.glob("scheme_*.json")))
+        # auto-round tokenizes as the tokenizer does by default; model.bos is about evaluation only.
+        first = tokenizer(texts[0]).input_ids[0]
+        request.note("calibration_begins_with_bos", first == tokenizer.bos_token_id)
         write_json(texts_file, [{"text": text} for text in texts])
         chosen = _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file)
     names = {_identity(scheme.preset): scheme.name for scheme in schemes}
@@ -41,10 +47,14 @@ def _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file) -> 
     import torch
     from auto_round import AutoRound, AutoScheme, RTNConfig
 
-    folder = texts_file.parent.parent
-    previous = os.environ.get("AR_AUTO_SCHEME_CACHE")
-    os.environ["AR_AUTO_SCHEME_CACHE"] = str(folder)
-    try:
+    calibration = request.calibration
+    variables = {
+        "AR_AUTO_SCHEME_CACHE": str(texts_file.parent.parent),
+        # auto-round lets these two, set by whomever, override what it is given below.
+        "AR_AUTO_SCHEME_NSAMPLES": str(calibration.samples),
+        "AR_AUTO_SCHEME_SEQLEN": str(calibration.tokens),
+    }
+    with _environment(variables):
         compressor = AutoRound(
             models.load_for_auto_round(checkpoint, request.model),
             tokenizer,
@@ -52,8 +62,9 @@ def _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file) -> 
                 avg_bits=budget,
                 options=",".join(scheme.preset for scheme in schemes),
                 ignore_scale_zp_bits=True,
-                nsamples=request.calibration.samples,
-                seqlen=request.calibration.tokens,
+                nsamples=calibration.samples,
+                seqlen=calibration.tokens,
+                batch_size=BATCH_SIZE,
                 dataset=str(texts_file),
             ),
             dataset=str(texts_file),
@@ -64,11 +75,21 @@ def _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file) -> 
         )
         compressor.post_init()  # scores, or reads the stored ones, and solves; quantizes nothing
         return compressor.layer_config
+
+
+@contextmanager
+def _environment(variables: dict[str, str]):
+    """The process's environment with `variables`, and afterwards as it was."""
+    previous = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
     finally:
-        if previous is None:
-            del os.environ["AR_AUTO_SCHEME_CACHE"]
-        else:
-            os.environ["AR_AUTO_SCHEME_CACHE"] = previous
+        for name, value in previous.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _identity(preset: str) -> tuple:
