@@ -282,6 +282,19 @@ def detail_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines).set_index("").rename_axis(None)
 
 
+def summary_table(table: pd.DataFrame) -> pd.DataFrame:
+    """One evaluation in short: every model's cells, rows of one option set together."""
+    pieces = []
+    for model, cells in table.groupby("model", sort=False):
+        for options, of_options in cells.groupby("options", sort=False):
+            part = detail_table(of_options)[["mean", "% of BF16", "KL", "bits"]]
+            part.insert(0, "options", DASH if options == "none" else options)
+            part.insert(0, "model", model)
+            pieces.append(part)
+    whole = pd.concat(pieces).rename(columns={"mean": "accuracy", "KL": "KL to BF16"})
+    return whole if whole.model.nunique() > 1 else whole.drop(columns="model")
+
+
 def paired_table(cells: pd.DataFrame, stored: dict[str, Row]) -> tuple[pd.DataFrame, str]:
     """(differences between one model's cells, what is to be said about them); empty if none is paired.
 
@@ -513,15 +526,22 @@ _REPRODUCED = re.compile(
 def with_reproduced(text: str, root: Path, experiments: Path = published.EXPERIMENTS) -> str:
     """A README's `text` with the tables of `root` between its markers.
 
-    `<!-- reproduced: TABLE EVALUATION -->` … `<!-- /reproduced -->`. Raises ConfigError for an unknown table.
+    `<!-- reproduced: TABLE EVALUATION -->` … `<!-- /reproduced -->`; the TABLE `all` is a summary of every
+    cell of an evaluation. Raises ConfigError for an unknown table.
     """
     printed = published.read(experiments)
     stored, plans = read(root)
 
     def one(match: re.Match) -> str:
         name, evaluation = match["table"], match["evaluation"]
+        if name == "all":
+            cells = [row for path, row in stored.items() if path.split("/")[0] == evaluation]
+            body = (
+                "\n".join(_grid(summary_table(frame(cells, stored)))) if cells else "Not run here."
+            )
+            return f"{match['open']}{body}\n{match['close']}"
         if name not in printed:
-            raise ConfigError(f"reproduced: {name}: accepted: {', '.join(printed)}")
+            raise ConfigError(f"reproduced: {name}: accepted: all, {', '.join(printed)}")
         cells = printed_frame(printed[name], stored, plans.get(name, []), evaluation)
         body = section(printed[name], cells, stored) if len(cells) else "Not run here."
         return f"{match['open']}{body}\n{match['close']}"

@@ -22,14 +22,13 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-
-from mixprec import data, models, sweep
+from mixprec import data, models
 from mixprec.allocate import Request, allocate
-from mixprec.cell import Cell, cell_of, typed
+from mixprec.cell import Cell, cell_of
 from mixprec.rounding import round_mx
 from mixprec.schemes import SCHEMES, Layer, Scheme, realised_bits
 from mixprec.store import write_json
+from mixprec.sweep import configuration
 
 ROOT = Path(__file__).resolve().parents[2]
 # The report's, without which AutoScheme's scores and its solution would not be the report's.
@@ -73,9 +72,7 @@ def main() -> None:
 
 
 def cell(budget: float, overrides: list[str]) -> Cell:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", ["baseline=ours", f"budget={budget:g}", *overrides])
-        return cell_of(typed(sweep.without_hydra(cfg)))
+    return cell_of(configuration("baseline=ours", f"budget={budget:g}", *overrides))
 
 
 def compare(asked: Cell, cache: Path, place: Path, *, rounded: bool = False) -> dict:
