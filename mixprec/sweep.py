@@ -61,6 +61,8 @@ def _composed(config: DictConfig) -> list[DictConfig]:
     overrides = OverridesParser.create().parse_overrides(
         parameters + list(config.hydra.overrides.task)
     )
+    if any(o.key_or_group == "experiment" and o.is_sweep_override() for o in overrides):
+        raise ConfigError("experiment: one at a time: it is a sweep by itself; accepted: one name")
     (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     loader = GlobalHydra.instance().config_loader()
     return [loader.load_sweep_config(config, list(job)) for job in jobs]

@@ -109,7 +109,7 @@ def test_a_token_opens_a_gated_model(monkeypatch):
 
 @pytest.mark.parametrize("arguments", [
     ["budget=99"], ["-m", "budget=5,99"], ["-m", "baseline=bf16,nope"], ["budgt=5"],
-    ["--cfg", "job", "budgt=5"],
+    ["--cfg", "job", "budgt=5"], ["-m", "experiment=table1,table2"],
 ])  # fmt: skip
 def test_a_wrong_command_line_exits_with_2_and_writes_nothing(arguments, tmp_path):
     where = [f"results='{tmp_path}/results'", f"cache='{tmp_path}/cache'"]
