@@ -65,10 +65,18 @@ class InMemory:
         return self._by_bits[bits]
 
 
-def export(model: torch.nn.Module, tokenizer, allocation: dict[str, str], folder: Path) -> Path:
+def export(
+    model: torch.nn.Module,
+    tokenizer,
+    allocation: dict[str, str],
+    folder: Path,
+    *,
+    low_memory: bool = False,
+) -> Path:
     """Write `model` to disk with real integer weights in auto-round's own format, safetensors.
 
-    model: the reference, in bfloat16; it is consumed. Returns the folder with the checkpoint.
+    model: the reference, in bfloat16; it is consumed. low_memory: one block at a time on the GPU.
+    Returns the folder with the checkpoint.
     """
     from auto_round import AutoRound, RTNConfig
 
@@ -85,6 +93,7 @@ def export(model: torch.nn.Module, tokenizer, allocation: dict[str, str], folder
         layer_config=others,
         alg_configs=RTNConfig(disable_opt_rtn=True),  # to nearest: no search for scales
         iters=0,
+        low_gpu_mem_usage=low_memory,
         enable_torch_compile=False,
     )
     compressor.quantize_and_save(str(folder), format="auto_round")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mixprec import data, models, provenance, quantize, tracking
-from mixprec.allocate import Request, allocate
+from mixprec.allocate import Request, allocate, loads_a_copy
 from mixprec.cell import Cell, Config, check_divides, digest
 from mixprec.evaluate import harness, kl
 from mixprec.models import Checkpoint
@@ -66,6 +66,7 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
     with stage("load"):
         loaded = _load(cell, cache)
         model, tokenizer, layers = loaded.model, loaded.tokenizer, loaded.layers
+        checkpoint, device, dtype = loaded.checkpoint, model.device, model.dtype
         for layer in layers if cell.options else ():
             check_divides(
                 layer.in_features, cell.options.schemes, cell.options.name, str(cell.model.name)
@@ -76,21 +77,32 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
     if cell.eval.kl.sequences:
         with stage("reference"):
             tokens = data.heldout_tokens(cell.eval, tokenizer, cell.model.bos, cache)
-            key = digest([loaded.checkpoint.fingerprint, tokens.tolist(), str(model.dtype)])
+            key = digest([checkpoint.fingerprint, tokens.tolist(), str(model.dtype)])
             file = cache / "reference" / f"{cell.model.name}-{key[:16]}.safetensors"
             reference = kl.Reference.of(model, tokens, file)
 
+    exports = cell.options is not None and cell.schemes[0].family == "int"
+    if cell.model.low_memory and loads_a_copy(cell.baseline):
+        loaded = model = None  # the last references: what forget() drops is freed
+        forget()
     with stage("allocate"):
         request = Request(
             cell.baseline, cell.seed, cell.model, cell.calibration, cache, notes.__setitem__
         )
         allocation = allocate(layers, cell.schemes, cell.budget, request)
+    if loaded is None and not exports:
+        with stage("load"):
+            loaded = _load(cell, cache)
+            model = loaded.model
 
     with stage("quantize"):
-        if cell.options is None or cell.schemes[0].family == "mx":
+        if not exports:
             loaded.in_memory.apply(allocation)
         else:
-            model = _exported(loaded, cell, allocation, cache, notes)
+            if cell.model.low_memory:
+                loaded = model = None
+                forget()
+            model = _exported(checkpoint, tokenizer, device, dtype, cell, allocation, cache, notes)
 
     divergence = None
     if reference is not None:
@@ -128,8 +140,8 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
             **provenance.collect(),
             "arithmetic": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
-            "model_revision": loaded.checkpoint.revision,
-            "model_hash": loaded.checkpoint.fingerprint,
+            "model_revision": checkpoint.revision,
+            "model_hash": checkpoint.fingerprint,
             "documents": harness.documents_hash(samples),
             "heldout_text": None if reference is None else digest(tokens.tolist()),
         },
@@ -191,6 +203,23 @@ def _exported(loaded: _Loaded, cell: Cell, allocation: dict, cache: Path, notes:
         device = loaded.model.device
         notes["backend"] = quantize.BACKENDS.get(device.type) or "auto"
         return quantize.reload(exported, device, loaded.model.dtype)
+
+
+def _exported(checkpoint, tokenizer, device, dtype, cell: Cell, allocation, cache, notes: dict):
+    """A model that was written to disk with real integer weights and read back."""
+    folder = cache / "exports"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        exported = quantize.export(
+            models.load_for_auto_round(checkpoint, cell.model),
+            tokenizer,
+            allocation,
+            Path(place),
+            low_memory=cell.model.low_memory,
+        )
+        notes["exported_bytes"] = sum(f.stat().st_size for f in exported.glob("*.safetensors"))
+        notes["backend"] = quantize.BACKENDS.get(device.type) or "auto"
+        return quantize.reload(exported, device, dtype)
 
 
 def _say(result: dict) -> None:
