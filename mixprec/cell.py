@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Optional
 
 from omegaconf import MISSING, OmegaConf
 
+from mixprec.architecture import config_of, in_features
 from mixprec.schemes import SCHEMES, Scheme
 
 SCHEMA = 1  # of result.json; raised whenever a reader of the old one would be misled
@@ -61,8 +61,8 @@ class Model:
     trust_remote_code: bool = False  # True only with a reason in the model's own file
     dtype: str = "auto"  # of the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU
     device_map: Optional[str] = None  # as in transformers; None: one device
-    in_features: Optional[list[int]] = None  # of its linears; None: read from a local config.json
-    group_size: int = 128  # of options=w2_w4 and w4_w8; it must divide in_features
+    low_memory: bool = False  # never two copies of its weights in memory at once
+    group_size: int = 128  # of options=w2_w4 and w4_w8; it must divide its linears' inputs
     source: str = MISSING  # where its documents and texts come from
     limit: Optional[int] = None  # documents per task; None: all
 
@@ -139,6 +139,7 @@ class Config:
     seed: int = 0
     force: bool = False
     profile: bool = False
+    plan: bool = False
     experiment: Optional[str] = None
     results: str = "results"
     cache: str = ".cache"
@@ -335,11 +336,6 @@ def _checked_model(model: Model) -> Model:
             f"model.path={_short(model.path)}: neither a folder nor a hub id; accepted: a folder "
             "made by save_pretrained, a hub id such as Qwen/Qwen3-8B, or packaged"
         )
-    if model.gated and not is_folder(model.path) and not _has_hub_token():
-        raise ConfigError(
-            f"model.path={model.path}: gated on the hub and no token found; accept its licence "
-            "there, then set HF_TOKEN or run `hf auth login`"
-        )
     if model.name is None:
         model = replace(model, name=_name_of(model.path))
     _check_name("model.name", model.name)
@@ -473,8 +469,8 @@ def _checked_budget(budget: float | None, options: Options) -> float:
 
 
 def _check_group_size(model: Model, options: Options) -> None:
-    for in_features in model.in_features or _in_features_of_folder(model.path):
-        check_divides(in_features, options.schemes, options.name, str(model.name))
+    for inputs in in_features(config_of(model.path, model.revision)):
+        check_divides(inputs, options.schemes, options.name, str(model.name))
 
 
 def check_divides(in_features: int, schemes: list[str], options: str, model: str) -> None:
@@ -487,30 +483,6 @@ def check_divides(in_features: int, schemes: list[str], options: str, model: str
                 f"options={options}: group size {group_size} does not divide the {in_features} "
                 f"inputs of a layer of {model}; accepted: {', '.join(map(str, fits)) or 'none'}"
             )
-
-
-def _in_features_of_folder(path: str) -> list[int]:
-    """Input dimensions of a local model's linears, read from its config.json; [] if not local."""
-    if path == "packaged" or not is_folder(path):
-        return []
-    try:
-        config = json.loads((Path(path).expanduser() / "config.json").read_text())
-        hidden = config["hidden_size"]
-        heads = config["num_attention_heads"] * (
-            config.get("head_dim") or hidden // config["num_attention_heads"]
-        )
-        return [hidden, heads, config["intermediate_size"]]
-    except (ValueError, KeyError, TypeError):
-        return []  # an architecture with other names: the layers are checked once they are known
-
-
-def _has_hub_token() -> bool:
-    if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
-        return True
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
-    )
-    return os.path.isfile(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token"))
 
 
 def _one_of(key: str, value: str, accepted) -> None:

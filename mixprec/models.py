@@ -132,6 +132,33 @@ def _without_query(record: logging.LogRecord) -> bool:
     return True
 
 
+def is_on_hub(model: Model) -> bool:
+    return model.path != "packaged" and not is_folder(model.path)
+
+
+def in_hub_cache(model: Model) -> Path | None:
+    """The folder of a hub model that has been downloaded whole; None otherwise. Asks no network."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(
+                model.path,
+                revision=model.revision,
+                allow_patterns=_HUB_FILES,
+                local_files_only=True,
+            )
+        )
+        index = folder / "model.safetensors.index.json"
+        shards = ["model.safetensors"]
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError, ValueError, KeyError):
+        return None
+    whole = all((folder / file).is_file() for file in ("config.json", *shards))
+    return folder if whole else None
+
+
 def load(checkpoint: Checkpoint, model: Model) -> torch.nn.Module:
     """The reference model, on its device, in evaluation mode.
 

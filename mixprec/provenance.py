@@ -23,7 +23,7 @@ def collect() -> dict:
         "git": _git(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "hardware": _hardware(),
+        "hardware": hardware(),
     }
 
 
@@ -85,7 +85,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _hardware() -> dict:
+def hardware() -> dict:
     import torch
 
     return {

@@ -109,14 +109,19 @@ class Tuned:
 
 
 def tuned_weights(
-    model: torch.nn.Module, tokenizer, allocation: dict[str, str], tuning: Tuned
+    model: torch.nn.Module,
+    tokenizer,
+    allocation: dict[str, str],
+    tuning: Tuned,
+    *,
+    low_memory: bool = False,
 ) -> dict[str, torch.Tensor]:
     """AutoRound's tuned weights of every MX layer, already on their grid, bfloat16 on the CPU.
 
-    model: the reference, in bfloat16; it is consumed. AutoRound tunes the weights' rounding and
-    scales alone: activations are rounded as without tuning, so these weights are the whole of it.
+    model: the reference, in bfloat16; it is consumed. low_memory: one block at a time on the GPU.
+    AutoRound tunes the weights' rounding and scales alone: activations are rounded as without tuning, so these weights are the whole of it.
     """
-    with _auto_round(model, tokenizer, allocation, tuning) as compressor:
+    with _auto_round(model, tokenizer, allocation, tuning, low_memory) as compressor:
         quantized, _ = compressor.quantize()
     return {
         name: quantized.get_submodule(name).orig_layer.weight.data.to("cpu", torch.bfloat16)
@@ -130,19 +135,26 @@ def export(
     allocation: dict[str, str],
     folder: Path,
     tuning: Tuned | None = None,
+    *,
+    low_memory: bool = False,
 ) -> Path:
     """Write `model` to disk with real integer weights in auto-round's own format, safetensors.
 
-    model: the reference, in bfloat16; it is consumed. Returns the folder with the checkpoint.
+    model: the reference, in bfloat16; it is consumed. low_memory: one block at a time on the GPU.
+    Returns the folder with the checkpoint.
     """
-    with _auto_round(model, tokenizer, allocation, tuning) as compressor:
+    with _auto_round(model, tokenizer, allocation, tuning, low_memory) as compressor:
         compressor.quantize_and_save(str(folder), format="auto_round")
     return next(path.parent for path in sorted(folder.rglob("config.json")))
 
 
 @contextmanager
 def _auto_round(
-    model: torch.nn.Module, tokenizer, allocation: dict[str, str], tuning: Tuned | None
+    model: torch.nn.Module,
+    tokenizer,
+    allocation: dict[str, str],
+    tuning: Tuned | None,
+    low_memory: bool,
 ) -> Iterator:
     """AutoRound set up to quantize `model` as allocated; to nearest without `tuning`."""
     from auto_round import AutoRound, RTNConfig, SignRoundConfig
@@ -153,7 +165,12 @@ def _auto_round(
         for layer, name in allocation.items()
         if name != lowest.name
     }
-    settings = {"scheme": lowest.preset, "layer_config": others, "enable_torch_compile": False}
+    settings = {
+        "scheme": lowest.preset,
+        "layer_config": others,
+        "low_gpu_mem_usage": low_memory,
+        "enable_torch_compile": False,
+    }
     if tuning is None:
         # To nearest: no search for scales either.
         nearest = RTNConfig(disable_opt_rtn=True)

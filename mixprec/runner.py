@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mixprec import data, models, provenance, quantize, tracking
-from mixprec.allocate import Request, allocate
+from mixprec.allocate import Request, allocate, loads_a_copy
 from mixprec.cell import Cell, Config, check_divides, digest
 from mixprec.evaluate import harness, kl, vllm
 from mixprec.models import Checkpoint
@@ -66,6 +66,7 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
     with stage("load"):
         loaded = _load(cell, cache)
         model, tokenizer, layers = loaded.model, loaded.tokenizer, loaded.layers
+        checkpoint, device, dtype = loaded.checkpoint, model.device, model.dtype
         for layer in layers if cell.options else ():
             check_divides(
                 layer.in_features, cell.options.schemes, cell.options.name, str(cell.model.name)
@@ -76,38 +77,56 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
     if cell.eval.kl.sequences:
         with stage("reference"):
             tokens = data.heldout_tokens(cell.eval, tokenizer, cell.model.bos, cache)
-            key = digest([loaded.checkpoint.fingerprint, tokens.tolist(), str(model.dtype)])
+            key = digest([checkpoint.fingerprint, tokens.tolist(), str(model.dtype)])
             file = cache / "reference" / f"{cell.model.name}-{key[:16]}.safetensors"
             reference = kl.Reference.of(model, tokens, file)
 
+    exports = cell.options is not None and cell.schemes[0].family == "int"
+    if cell.model.low_memory and (exports or cell.tuning or loads_a_copy(cell.baseline)):
+        loaded = model = None  # the last references: what forget() drops is freed
+        forget()
     with stage("allocate"):
         request = Request(
             cell.baseline, cell.seed, cell.model, cell.calibration, cache, notes.__setitem__
         )
         allocation = allocate(layers, cell.schemes, cell.budget, request)
 
-    folder = loaded.checkpoint.folder
-    with stage("quantize"):
-        tuning = _tuning(cell, tokenizer, cache)
-        if cell.options is None or cell.schemes[0].family == "mx":
-            tuned = tuning and quantize.tuned_weights(
-                models.load_for_auto_round(loaded.checkpoint, cell.model),
-                tokenizer, allocation, tuning,
+    tuning, tuned = _tuning(cell, tokenizer, cache), None
+    if tuning and not exports:
+        with stage("tune"):
+            tuned = quantize.tuned_weights(
+                models.load_for_auto_round(checkpoint, cell.model),
+                tokenizer, allocation, tuning, low_memory=cell.model.low_memory,
             )  # fmt: skip
-            loaded.in_memory.apply(allocation, tuned)
-        else:
+    if loaded is None and not exports:
+        with stage("load"):
+            loaded = _load(cell, cache)
+            model = loaded.model
+
+    folder = checkpoint.folder
+    with stage("quantize"):
+        if exports:
             place = _place(cache)  # removed with the last reference to it
-            model, folder = _exported(loaded, cell, allocation, tuning, place, notes)
+            if cell.eval.engine == "vllm" and (why_not := vllm.refusal(allocation)):
+                raise RuntimeError(why_not)
+            folder = quantize.export(
+                models.load_for_auto_round(checkpoint, cell.model),
+                tokenizer, allocation, Path(place.name), tuning, low_memory=cell.model.low_memory,
+            )  # fmt: skip
+            notes["exported_bytes"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+            model = quantize.reload(folder, device, dtype)
+            notes["backend"] = quantize.came_back(model, allocation)
+        else:
+            loaded.in_memory.apply(allocation, tuned)
 
     divergence = None
     if reference is not None:
         with stage("kl"):
             divergence = kl.divergence(model, tokens, reference)
-    arithmetic, device = model.dtype, model.device
     with stage("evaluate"):
         if cell.eval.engine == "vllm":
             # It loads the folder by itself and wants the GPU for itself.
-            model = loaded.model = loaded.in_memory = None
+            loaded = model = None
             forget()
         metrics, samples, tokens_run = harness.accuracy(
             folder if model is None else model, tokenizer, cell, cache
@@ -140,10 +159,10 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
         "peak_memory_bytes": provenance.peak_memory(),
         "provenance": {
             **provenance.collect(),
-            "arithmetic": str(arithmetic).removeprefix("torch."),
+            "arithmetic": str(dtype).removeprefix("torch."),
             "device": str(device),
-            "model_revision": loaded.checkpoint.revision,
-            "model_hash": loaded.checkpoint.fingerprint,
+            "model_revision": checkpoint.revision,
+            "model_hash": checkpoint.fingerprint,
             "documents": harness.documents_hash(samples),
             "heldout_text": None if reference is None else digest(tokens.tolist()),
         },
@@ -208,27 +227,6 @@ def _place(cache: Path) -> tempfile.TemporaryDirectory:
     folder = cache / "exports"
     folder.mkdir(parents=True, exist_ok=True)
     return tempfile.TemporaryDirectory(dir=folder)
-
-
-def _exported(
-    loaded: _Loaded,
-    cell: Cell,
-    allocation: dict,
-    tuning: quantize.Tuned | None,
-    place: tempfile.TemporaryDirectory,
-    notes: dict,
-) -> tuple[torch.nn.Module, Path]:
-    """A model that was written below `place` with real integer weights and read back; its folder."""
-    if cell.eval.engine == "vllm" and (why_not := vllm.refusal(allocation)):
-        raise RuntimeError(why_not)
-    folder = quantize.export(
-        models.load_for_auto_round(loaded.checkpoint, cell.model),
-        loaded.tokenizer, allocation, Path(place.name), tuning,
-    )  # fmt: skip
-    notes["exported_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    model = quantize.reload(folder, loaded.model.device, loaded.model.dtype)
-    notes["backend"] = quantize.came_back(model, allocation)
-    return model, folder
 
 
 def _say(result: dict) -> None:

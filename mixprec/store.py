@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixprec.cell import Cell, differences
+from mixprec.cell import SCHEMA, Cell, differences
 
 if TYPE_CHECKING:
     import pandas
@@ -72,6 +73,26 @@ class Store:
             return Outcome(cell, "stored")
         message = f"another result is stored there: {stored.why}; force=true reruns it"
         return Outcome(cell, "failed", message)
+
+    def state(self, cell: Cell) -> tuple[str, str]:
+        """(stored, other, failed, running or missing; why, in one line, where there is a reason)."""
+        stored = self.look_up(cell)
+        if stored.state != "missing":
+            return ("stored", "") if stored.state == "same" else ("other", stored.why)
+        try:
+            status = json.loads((self.folder(cell) / "status.json").read_text())
+            known = status["state"] if status["state"] in ("running", "failed") else "missing"
+            return known, status.get("error", "")
+        except (OSError, ValueError, KeyError, TypeError):
+            return "missing", ""
+
+    def results(self) -> list[dict]:
+        """Every result of today's schema below the folder."""
+        found = []
+        for file in sorted(self.root.rglob("result.json")):
+            with contextlib.suppress(OSError, ValueError):
+                found.append(json.loads(file.read_text()))
+        return [result for result in found if result.get("schema") == SCHEMA]
 
     def start(self, cell: Cell) -> None:
         self._status(

@@ -72,9 +72,34 @@ def _announce(configs: list[DictConfig]) -> None:
     typed_configs = [typed(without_hydra(config)) for config in configs]
     cells = list({cell.hash: cell for cell in map(cell_of, typed_configs)}.values())
     first = typed_configs[0]
+    # A job that another machine will run says nothing about this one's memory.
+    here = "submitit" not in str(configs[0].hydra.launcher.get("_target_"))
+    if first.plan:
+        from mixprec import plan
+
+        print(plan.text(cells, first, here=here))
+        sys.exit(0)
+    _check_machine(cells, first, here)
     _progress.cells = cells
     if first.experiment:
         Store(Path(first.results)).add_to_plan(first.experiment, cells)
+
+
+def _check_machine(cells: list[Cell], cfg: Config, here: bool) -> None:
+    """Exit with 2, a line a reason, if cells that are to be run cannot be run on this machine."""
+    store = Store(Path(cfg.results))
+    to_run = [cell for cell in cells if cfg.force or store.settled(cell) is None]
+    if not to_run:
+        return  # and neither torch nor the hub is asked
+    from mixprec import plan
+
+    sizes, machine = plan.sizes_of(to_run), plan.Machine.this()
+    results = plan.results_here(store, machine)
+    found = plan.problems(to_run, sizes, machine, results, Path(cfg.cache), here=here)
+    for line in found:
+        print(f"error: {line}", file=sys.stderr)
+    if found:
+        sys.exit(2)
 
 
 def run_one(config: DictConfig) -> None:

@@ -48,6 +48,12 @@ def allocate(
     return allocation
 
 
+def loads_a_copy(baseline: Baseline) -> bool:
+    """True if the rule loads the model's weights once more, beside the reference."""
+    rule = importlib.import_module(f"mixprec.allocate.{baseline.rule}")
+    return getattr(rule, "LOADS_A_COPY", False)
+
+
 def fill(layers: list[Layer], lowest: Scheme, higher: Scheme, budget: float) -> Allocation:
     """`higher` for whole layers from the first on, as long as the average stays within `budget`."""
     allocation = {layer.name: lowest.name for layer in layers}

@@ -18,6 +18,7 @@ from mixprec.cell import digest
 from mixprec.store import write_json
 
 BATCH_SIZE = 8  # samples in one backward pass; the command line's, where no flag sets it
+LOADS_A_COPY = True  # auto-round changes the model that it is given
 
 
 def allocate(layers, schemes, budget, request) -> dict[str, str]:
@@ -66,10 +67,12 @@ def _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file) -> 
                 seqlen=calibration.tokens,
                 batch_size=BATCH_SIZE,
                 dataset=str(texts_file),
+                low_gpu_mem_usage=True,  # its default: one block at a time on the GPU
             ),
             dataset=str(texts_file),
             alg_configs=RTNConfig(disable_opt_rtn=True),
             iters=0,
+            low_gpu_mem_usage=request.model.low_memory,
             device_map="cuda" if torch.cuda.is_available() else "cpu",
             enable_torch_compile=False,
         )
