@@ -118,6 +118,9 @@ def memory(
     checkpoint = 2 * size.parameters  # bfloat16
     # InMemory keeps what it rounded, in bfloat16 on the CPU, until the model is dropped.
     kept = 2 * size.quantized if cell.options and not exports else 0
+    if not on_gpu and width == 4 and cell.eval.engine == "shared_prefix":
+        # Packed linears keep their own, rounded or not; a tied head is packed apart from embeddings.
+        kept = 2 * size.quantized + 6 * size.vocabulary * size.hidden
     cpu, gpu = libraries + kept + (0 if on_gpu else reference), reference if on_gpu else 0
 
     def on_device(held: float, work: float) -> tuple[float, float]:
@@ -151,10 +154,10 @@ def memory(
         cpu, gpu = (apart[0], apart[1] + packed) if on_gpu else (apart[0] + packed, 0)
     if cell.eval.kl.sequences:
         need["kl"] = on_device(cpu, cell.eval.kl.tokens * size.vocabulary * (2 * width + 8))
-    # A batch of 1024 tokens (shared_prefix.py); a fifth of them go through the output head.
+    # A batch of 512 tokens (shared_prefix.py); a fifth of them go through the output head.
     copies = 8 if cell.options else 3  # of the widest activations: rounding them takes several
-    work = 1024 * 4 * copies * (4 * size.hidden + 2 * size.intermediate)
-    need["evaluate"] = on_device(cpu, work + 0.2 * 1024 * size.vocabulary * (width + 8))
+    work = 512 * 4 * copies * (4 * size.hidden + 2 * size.intermediate)
+    need["evaluate"] = on_device(cpu, work + 0.2 * 512 * size.vocabulary * (width + 8))
     return need
 
 
