@@ -193,12 +193,12 @@ def test_scores_are_made_once_and_serve_every_budget(tiny, scoring):
     layers, schemes = layers_and_schemes(tiny["llama"])
     notes = {}
     first = allocate(layers, schemes, 5.0, request(tiny["llama"], cache, notes))
-    assert len(counted) == 2 and notes == {"autoscheme_scores_stored": False}
+    assert len(counted) == 2 and not notes["autoscheme_scores_stored"]
     high = {k for k, v in first.items() if v == "mxfp8"}
     assert 0 < len(high) < len(layers)
     for budget in (4.0, 4.5, 6.0, 8.0):
         allocate(layers, schemes, budget, request(tiny["llama"], cache, notes))
-    assert len(counted) == 2 and notes == {"autoscheme_scores_stored": True}
+    assert len(counted) == 2 and notes["autoscheme_scores_stored"]
     assert first == allocate(layers, schemes, 5.0, request(tiny["llama"], cache))
 
 
