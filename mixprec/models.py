@@ -177,6 +177,13 @@ def load_for_auto_round(checkpoint: Checkpoint, model: Model) -> torch.nn.Module
     return _from_pretrained(checkpoint, model, None)
 
 
+def release_from_auto_round() -> None:
+    """Let go of the model that was last given to auto-round, which keeps it until the next one."""
+    from auto_round.context.model import ModelContext
+
+    ModelContext.reset_context()
+
+
 def _from_pretrained(checkpoint: Checkpoint, model: Model, device_map: str | None):
     from transformers import AutoModelForCausalLM
 

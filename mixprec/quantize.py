@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from mixprec.linear import PackedLinear, can_pack
+from mixprec.models import release_from_auto_round
 from mixprec.rounding import round_mx
 from mixprec.schemes import BF16, Scheme, scheme_named
 
@@ -171,25 +172,23 @@ def _auto_round(
         "low_gpu_mem_usage": low_memory,
         "enable_torch_compile": False,
     }
-    if tuning is None:
-        # To nearest: no search for scales either.
-        nearest = RTNConfig(disable_opt_rtn=True)
-        yield AutoRound(model, tokenizer, alg_configs=nearest, iters=0, **settings)
-        return
+    # To nearest: no search for scales either.
+    how = {"alg_configs": RTNConfig(disable_opt_rtn=True), "iters": 0}
     with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "texts.json"  # auto-round reads text from the hub or from a file
-        file.write_text(json.dumps([{"text": text} for text in tuning.texts]), encoding="utf-8")
-        yield AutoRound(
-            model,
-            tokenizer,
-            alg_configs=SignRoundConfig(iters=tuning.iters),
-            nsamples=len(tuning.texts),
-            seqlen=tuning.tokens,
-            batch_size=tuning.batch_size,
-            dataset=str(file),
-            device_map="cuda" if torch.cuda.is_available() else "cpu",
-            **settings,
-        )
+        if tuning is not None:
+            file = Path(place) / "texts.json"  # auto-round reads text from the hub or from a file
+            rows = [{"text": text} for text in tuning.texts]
+            file.write_text(json.dumps(rows), encoding="utf-8")
+            how = {
+                "alg_configs": SignRoundConfig(iters=tuning.iters),
+                "nsamples": len(tuning.texts),
+                "seqlen": tuning.tokens,
+                "batch_size": tuning.batch_size,
+                "dataset": str(file),
+                "device_map": "cuda" if torch.cuda.is_available() else "cpu",
+            }
+        yield AutoRound(model, tokenizer, **how, **settings)
+    release_from_auto_round()
 
 
 def reload(folder: Path, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:

@@ -167,7 +167,7 @@ def test_time_is_measured_time_in_proportion_to_the_work(tmp_path):
 
 def test_a_plan_shows_states_times_and_problems(tmp_path, monkeypatch):
     results = tmp_path / "results"
-    names = ["bf16", "low", "tail8", "head8"]
+    names = ["high", "low", "tail8", "head8"]
     cells = [cell(f"baseline={name}") for name in names]
     size = size_of(cells[0].model)
     stored(results, cells[0], size.quantized)

@@ -77,7 +77,9 @@ def _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file) -> 
             enable_torch_compile=False,
         )
         compressor.post_init()  # scores, or reads the stored ones, and solves; quantizes nothing
-        return compressor.layer_config
+        chosen = compressor.layer_config
+    models.release_from_auto_round()
+    return chosen
 
 
 @contextmanager
