@@ -281,6 +281,8 @@ def test_low_memory_never_has_two_copies_and_changes_nothing(tiny, tmp_path, mon
 
     from conftest import run
 
+    from mixprec import runner
+
     alive, most = [], []
     for name in ("load", "load_for_auto_round"):
         original = getattr(models, name)
@@ -299,6 +301,7 @@ def test_low_memory_never_has_two_copies_and_changes_nothing(tiny, tmp_path, mon
     (tmp_path / "cache/datasets").symlink_to(CACHE / "datasets")
     found = {}
     for low_memory in (True, False):
+        runner.forget()
         alive.clear(), most.clear()
         results = tmp_path / f"results-{low_memory}"
         overrides = [*tiny_overrides(tiny["llama"]), "budget=5", f"model.low_memory={low_memory}"]
