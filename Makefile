@@ -25,7 +25,7 @@ $(VENV)/installed: requirements.txt Makefile
 
 demo: setup  ## quantize and evaluate SmolLM2-135M by five rules at 5 bits, print the table
 	$(BIN)/python run.py -m experiment=demo
-	@$(MAKE) --no-print-directory tables
+	@$(BIN)/python -m mixprec.tables --only demo --results $(RESULTS) --track $(TRACK)
 
 plan: setup  ## what each experiment needs and takes (EXPERIMENT=table1 MODEL=qwen3_8b)
 	@for name in $(or $(EXPERIMENT),$(basename $(notdir $(wildcard conf/experiment/*.yaml)))); do \

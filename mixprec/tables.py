@@ -473,10 +473,13 @@ def _notes(table: pd.DataFrame) -> list[str]:
     return notes
 
 
-def render(root: Path, experiments: Path = published.EXPERIMENTS) -> dict[str, pd.DataFrame]:
+def render(
+    root: Path, experiments: Path = published.EXPERIMENTS, only: str | None = None
+) -> dict[str, pd.DataFrame]:
     """Write and print every table and the audit; returns the tables by name, none if nothing is stored.
 
-    Raises ConfigError if what the report printed cannot be read.
+    only: print this table alone. Raises ConfigError if there is none of this name, or if what the
+    report printed cannot be read.
     """
     printed = published.read(experiments)
     stored, plans = read(root)
@@ -494,10 +497,13 @@ def render(root: Path, experiments: Path = published.EXPERIMENTS) -> dict[str, p
             texts[name] = markdown(name, tables[name], stored)
     seen = {path for table in tables.values() for path in table.path}
     others = [row for path, row in stored.items() if path not in seen]
+    if only and only not in texts:
+        raise ConfigError(f"only={only}: accepted: {', '.join(texts)}")
     for name, text in texts.items():
         _write(root, f"{name}.md", text)
-        print(text)
-    if others:
+        if only in (None, name):
+            print(text)
+    if others and not only:
         print(markdown("Cells of no table above", frame(others, stored)))
     if stored:
         tables["all"] = frame(list(stored.values()), stored)
@@ -509,7 +515,8 @@ def render(root: Path, experiments: Path = published.EXPERIMENTS) -> dict[str, p
         )
     text = audit.markdown(printed)
     _write(root, "audit.md", text)
-    print(text)
+    if not only:
+        print(text)
     return tables
 
 
@@ -617,12 +624,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("results"), help="default: results")
     parser.add_argument("--track", choices=["off", "offline", "online"], default="off",
                         help="log the tables to W&B as a run of their own (default: off)")  # fmt: skip
+    parser.add_argument("--only", metavar="NAME", help="print this table alone, such as demo")
     parser.add_argument("--readme", action="store_true",
                         help="also put the tables between the markers in the README files")  # fmt: skip
     chosen = parser.parse_args(arguments)
     paired.keep(chosen.results)
     try:
-        tables = render(chosen.results)
+        tables = render(chosen.results, only=chosen.only)
         if chosen.readme:
             refresh_readmes(chosen.results)
     except ConfigError as error:

@@ -81,6 +81,16 @@ def test_a_result_of_another_configuration_is_a_dash(results):
     assert "Ours: stored with another configuration" in text and "0.4813" not in text
 
 
+def test_one_table_is_printed_alone_and_all_are_written(results, capsys):
+    root, _, _ = results
+    assert tables.main(["--results", str(root), "--only", "demo"]) == 0
+    printed = capsys.readouterr().out
+    assert "0.4813 ± 0.0141" in printed and "Audit" not in printed and "Table 2" not in printed
+    assert (root / "tables/audit.md").is_file() and (root / "tables/table2.md").is_file()
+    assert tables.main(["--results", str(root), "--only", "nope"]) == 2
+    assert "only=nope: accepted: table1" in capsys.readouterr().err
+
+
 def test_no_bf16_no_percent(results):
     root, store, cells = results
     (store.folder(cells["bf16"]) / "result.json").unlink()
