@@ -102,6 +102,13 @@ def load_for_auto_round(checkpoint: Checkpoint, model: Model) -> torch.nn.Module
     return _from_pretrained(checkpoint, model, None)
 
 
+def release(model: torch.nn.Module) -> None:
+    """Free a model's weights: auto-round's contexts refer to what it was given until its next run."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.grad = None
+        tensor.data = tensor.data.new_empty(0)
+
+
 def _from_pretrained(checkpoint: Checkpoint, model: Model, device_map: str | None):
     from transformers import AutoModelForCausalLM
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from mixprec.models import release
 from mixprec.rounding import round_mx
 from mixprec.schemes import BF16, Scheme, scheme_named
 
@@ -97,6 +98,7 @@ def export(
         enable_torch_compile=False,
     )
     compressor.quantize_and_save(str(folder), format="auto_round")
+    release(model)
     return next(path.parent for path in sorted(folder.rglob("config.json")))
 
 

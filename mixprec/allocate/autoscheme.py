@@ -46,9 +46,10 @@ def _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file) -> 
     folder = texts_file.parent.parent
     previous = os.environ.get("AR_AUTO_SCHEME_CACHE")
     os.environ["AR_AUTO_SCHEME_CACHE"] = str(folder)
+    model = models.load_for_auto_round(checkpoint, request.model)
     try:
         compressor = AutoRound(
-            models.load_for_auto_round(checkpoint, request.model),
+            model,
             tokenizer,
             scheme=AutoScheme(
                 avg_bits=budget,
@@ -69,6 +70,7 @@ def _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file) -> 
         compressor.post_init()  # scores, or reads the stored ones, and solves; quantizes nothing
         return compressor.layer_config
     finally:
+        models.release(model)
         if previous is None:
             del os.environ["AR_AUTO_SCHEME_CACHE"]
         else:
