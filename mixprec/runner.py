@@ -192,19 +192,6 @@ def forget() -> None:
         torch.cuda.empty_cache()
 
 
-def _exported(loaded: _Loaded, cell: Cell, allocation: dict, cache: Path, notes: dict):
-    """A model that was written to disk with real integer weights and read back."""
-    folder = cache / "exports"
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        source = models.load_for_auto_round(loaded.checkpoint, cell.model)
-        exported = quantize.export(source, loaded.tokenizer, allocation, Path(place))
-        notes["exported_bytes"] = sum(f.stat().st_size for f in exported.glob("*.safetensors"))
-        device = loaded.model.device
-        notes["backend"] = quantize.BACKENDS.get(device.type) or "auto"
-        return quantize.reload(exported, device, loaded.model.dtype)
-
-
 def _exported(checkpoint, tokenizer, device, dtype, cell: Cell, allocation, cache, notes: dict):
     """A model that was written to disk with real integer weights and read back."""
     folder = cache / "exports"
