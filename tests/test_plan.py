@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import CACHE, ROOT, cell, configuration, tiny_overrides
 
-from mixprec import models, plan, provenance
+from mixprec import models, plan, provenance, runner
 from mixprec.architecture import config_of
 from mixprec.cell import SCHEMA, Model
 from mixprec.estimate import GB, TOKENS, Machine, memory, seconds, size_of
@@ -291,7 +291,8 @@ def test_low_memory_never_has_two_copies_and_changes_nothing(tiny, tmp_path, mon
             model = original(*arguments)
             alive.append(weakref.ref(model))
             gc.collect()
-            most.append(sum(ref() is not None for ref in alive))
+            models_alive = [ref() for ref in alive if ref() is not None]
+            most.append(sum(any(p.numel() for p in m.parameters()) for m in models_alive))
             return model
 
         monkeypatch.setattr(models, name, counted)
@@ -308,5 +309,6 @@ def test_low_memory_never_has_two_copies_and_changes_nothing(tiny, tmp_path, mon
         done = run(results, *overrides, "baseline=ours", f"cache='{tmp_path}/cache'")
         result = json.loads((results / done.cell.path / "result.json").read_text())
         found[low_memory] = result["metrics"], result["kl"], result["realised_bits"]
+        assert len(most) == (3 if low_memory else 2)
         assert max(most) == (1 if low_memory else 2)
     assert found[True] == found[False]

@@ -57,7 +57,7 @@ def _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file) -> 
     }
     with _environment(variables):
         compressor = AutoRound(
-            models.load_for_auto_round(checkpoint, request.model),
+            model,
             tokenizer,
             scheme=AutoScheme(
                 avg_bits=budget,
