@@ -57,7 +57,7 @@ def _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file) -> 
     }
     with _environment(variables):
         compressor = AutoRound(
-            model,
+            models.load_for_auto_round(checkpoint, request.model),
             tokenizer,
             scheme=AutoScheme(
                 avg_bits=budget,
