@@ -577,7 +577,7 @@ def _column(table: pd.DataFrame, name: str) -> pd.Series:
 def _plus_minus(row: pd.Series, value: str, error: str, digits: int = 4) -> str:
     if pd.isna(row.get(value)):
         return DASH
-    text = f"{row[value]:.{digits}f}"
+    text = f"{round(row[value], digits) + 0.0:.{digits}f}"  # not -0.0000
     return text if pd.isna(row.get(error)) else f"{text} ± {row[error]:.{digits}f}"
 
 
