@@ -7,7 +7,7 @@ weight is then rounded and packed once. Logits exist for LOGITS_AT_ONCE tokens a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -24,7 +24,7 @@ TOKENS_AT_ONCE = 4096
 LOGITS_AT_ONCE = 256
 
 
-def squares(
+def totals(
     model: torch.nn.Module,
     tokens: torch.Tensor,
     layers: list[Layer],
@@ -43,9 +43,7 @@ def squares(
     that not every token reaches.
     """
     sums = np.full((len(tokens), len(layers), len(schemes)), np.nan)
-    rounded = _Inputs()
-    at_once = max(1, TOKENS_AT_ONCE // tokens.shape[1])
-    batches = torch.arange(len(tokens)).split(at_once)
+    rounded = Inputs()
 
     def seer(place: int, layer: Layer, rows: slice):
         module = model.get_submodule(layer.name)
@@ -62,15 +60,21 @@ def squares(
 
         return see
 
-    for batch in tqdm(batches, desc="scores", leave=False):
-        rows = slice(int(batch[0]), int(batch[-1]) + 1)
+    for rows in batches(tokens):
         with _seen(model, {la.name: seer(i, la, rows) for i, la in enumerate(layers)}):
-            hidden = _hidden(model, tokens[batch])
+            hidden = _hidden(model, tokens[rows])
             hidden.backward(_from_head(model, hidden.detach(), rows, gradient))
     if np.isnan(sums).any() and (unseen := np.isnan(sums).all((0, 2))).any():
         name = layers[int(unseen.argmax())].name
         raise ConfigError(f"{name}: no calibration token reaches it; it cannot be scored")
     return sums
+
+
+def batches(tokens: torch.Tensor) -> Iterator[slice]:
+    """Rows of `tokens` [sequences, tokens] that go through the model together."""
+    at_once = max(1, TOKENS_AT_ONCE // tokens.shape[1])
+    for start in tqdm(range(0, len(tokens), at_once), desc="scores", leave=False):
+        yield slice(start, min(start + at_once, len(tokens)))
 
 
 class Error:
@@ -79,7 +83,7 @@ class Error:
     In this form nothing large cancels, so bfloat16 arithmetic will do too.
     """
 
-    def __init__(self, weight: torch.Tensor, scheme: Scheme, inputs: _Inputs, x: torch.Tensor):
+    def __init__(self, weight: torch.Tensor, scheme: Scheme, inputs: Inputs, x: torch.Tensor):
         self.weight, self.activations = weight, scheme.activations
         self.weight_error = (round_weight(weight, scheme) - weight.float()).to(x.dtype)
         self.x, self.x_error = inputs.rounded(x, scheme) if scheme.activations else (x, None)
@@ -97,7 +101,7 @@ class Error:
         return output + multiply(self.x_error, pack(self.weight.to(self.x.dtype)))
 
 
-class _Inputs:
+class Inputs:
     """Rounded inputs of the linears; q, k and v, or gate and up, have the same and share it."""
 
     def __init__(self):

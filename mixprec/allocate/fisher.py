@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mixprec.allocate import scores
-from mixprec.allocate.backward import squares
+from mixprec.allocate.backward import totals
 from mixprec.schemes import Layer, Scheme
 
 SEED = 0  # of the signs
@@ -43,7 +43,7 @@ def score(
     def along(error, x, g, back):
         return error.along(g, back).square()
 
-    return 0.5 * squares(model, tokens, layers, schemes, gradient, along) / tokens.shape[1]
+    return 0.5 * totals(model, tokens, layers, schemes, gradient, along) / tokens.shape[1]
 
 
 def signed(logits: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:

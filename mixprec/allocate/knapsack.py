@@ -46,32 +46,77 @@ def solve(scores: np.ndarray, weights: list[int], bits: list[int], budget: float
 
 
 def _choose(scores: np.ndarray, extra: np.ndarray, room: int) -> list[int]:
-    layers, options = scores.shape
-    # HiGHS stops at an absolute gap of 1e-6, so losses are put on a scale where that is nothing.
+    """The best option of each layer; extra, room: whole numbers [layers, options]."""
+    layers = np.arange(len(scores))
     loss = scores - scores.min(1, keepdims=True)
-    loss /= loss.mean() or 1.0
+    price = _price(loss, extra, room)
+    priced = loss + price * extra
+    reduced = priced - priced.min(1, keepdims=True)
+    bound = priced.min(1).sum() - price * room
+    chosen = _greedy(reduced, loss, extra, room)
+    gap = (
+        loss[layers, chosen].sum() - bound + 1e-12 * loss.sum()
+    )  # and no less than rounding errors
+    # An option whose reduced cost is above the gap is in no allocation that is better (the core of
+    # Balas and Zemel 1980). Of thousands of layers, a few dozen remain for HiGHS to choose for.
+    open_to = reduced <= gap
+    core = np.flatnonzero(open_to.sum(1) > 1)
+    fixed = np.where(open_to, 0, np.inf).argmin(1)
+    if len(core) == 0:
+        return chosen.tolist()
+    left = room - extra[layers, fixed].sum() + extra[core, fixed[core]].sum()
+    found = fixed.copy()
+    found[core] = _highs(loss[core], extra[core], open_to[core], left)
+    better = loss[layers, found].sum() < loss[layers, chosen].sum()
+    return (found if better and extra[layers, found].sum() <= room else chosen).tolist()
+
+
+def _price(loss: np.ndarray, extra: np.ndarray, room: int) -> float:
+    """The smallest price of a unit at which the layers, each on its own, stay within the room."""
+
+    def used(price: float) -> float:
+        priced = loss + price * extra
+        tied = priced <= priced.min(1, keepdims=True)
+        return np.where(tied, extra, np.inf).min(1).sum()
+
+    if used(0.0) <= room:
+        return 0.0
+    low, high = 0.0, loss.max()  # a unit is at least 1, so at this price none is bought
+    while (middle := (low + high) / 2) not in (low, high):
+        low, high = (low, middle) if used(middle) <= room else (middle, high)
+    return high
+
+
+def _greedy(reduced: np.ndarray, loss: np.ndarray, extra: np.ndarray, room: int) -> np.ndarray:
+    """An allocation within the room: each layer's best at the price, then what else fits."""
+    layers = np.arange(len(loss))
+    chosen = np.where(reduced <= 0, extra, np.inf).argmin(1)
+    left = room - extra[layers, chosen].sum()
+    for place in np.argsort(reduced, axis=None, kind="stable"):
+        layer, option = divmod(int(place), loss.shape[1])
+        more = extra[layer, option] - extra[layer, chosen[layer]]
+        if loss[layer, option] < loss[layer, chosen[layer]] and more <= left:
+            chosen[layer], left = option, left - more
+    return chosen
+
+
+def _highs(loss: np.ndarray, extra: np.ndarray, open_to: np.ndarray, room: float) -> np.ndarray:
+    layers, options = loss.shape
     one_each = csr_array(
-        (
-            np.ones(layers * options),
-            (np.repeat(np.arange(layers), options), np.arange(layers * options)),
-        )
+        (np.ones(loss.size), (np.repeat(np.arange(layers), options), np.arange(loss.size)))
     )
-    capacity = room
-    while True:
-        solution = milp(
-            loss.ravel(),
-            integrality=np.ones(layers * options),
-            bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(csr_array(extra.reshape(1, -1)), -np.inf, capacity),
-            ],
-            options={"mip_rel_gap": 0},
-        )
-        if solution.x is None:
-            raise RuntimeError(f"HiGHS found no allocation: {solution.message}")
-        chosen = solution.x.reshape(layers, options).argmax(1)
-        over = int(extra[np.arange(layers), chosen].sum()) - room
-        if over <= 0:
-            return chosen.tolist()
-        capacity -= over  # HiGHS keeps a constraint to a relative tolerance only
+    solution = milp(
+        # HiGHS stops at an absolute gap of 1e-6: on this scale that is nothing.
+        loss.ravel() / (loss.mean() or 1.0),
+        integrality=np.ones(loss.size),
+        bounds=Bounds(0, open_to.ravel().astype(float)),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            # Its tolerance is absolute too: below half a unit.
+            LinearConstraint(csr_array(extra.reshape(1, -1)), -np.inf, room + 0.25),
+        ],
+        options={"mip_rel_gap": 0, "presolve": False},
+    )
+    if solution.x is None:
+        raise RuntimeError(f"HiGHS found no allocation: {solution.message}")
+    return solution.x.reshape(layers, options).argmax(1)

@@ -47,9 +47,11 @@ def stored(layers, schemes, request, signal: str, score: Callable) -> pd.DataFra
     """
     checkpoint = models.checkpoint(request.model, request.cache)
     tokenizer = models.load_tokenizer(checkpoint, request.model)
-    texts = data.calibration_texts(request.calibration, tokenizer, request.cache)
-    # As auto-round tokenizes for AutoScheme: with whatever the tokenizer adds by default.
-    rows = [tokenizer(text).input_ids[: request.calibration.tokens] for text in texts]
+    rows = []  # what a signal without calibration sees
+    if (calibration := request.calibration) is not None:
+        # As auto-round tokenizes for AutoScheme: with whatever the tokenizer adds by default.
+        texts = data.calibration_texts(calibration, tokenizer, request.cache)
+        rows = [tokenizer(text).input_ids[: calibration.tokens] for text in texts]
     names = [scheme.name for scheme in schemes]
     arithmetic = str(request.reference.dtype)
     key = digest([VERSION, signal, checkpoint.fingerprint, names, rows, arithmetic])
