@@ -240,10 +240,11 @@ def seconds(
     if cell.calibration is not None:
         rule = cell.baseline.rule
         by_rule = [r for r in alike if r["config"]["baseline"]["rule"] == rule]
-        again = [r for r in by_rule if r["notes"].get("autoscheme_scores_stored")]
-        if copies and _scored(cell, done):  # reads the weights and the scores
+        stored = ("autoscheme_scores_stored", "scores_stored")
+        again = [r for r in by_rule if any(r["notes"].get(key) for key in stored)]
+        if _scored(cell, done):  # reads the scores, and the weights where the rule has its own
             known = time("allocate", again, lambda stage, config, weights, counts: weights)
-            stages.append(loading if known is None else known)
+            stages.append(known if known is not None else loading if copies else 0)
         else:
             stages.append(time("allocate", [r for r in by_rule if r not in again]))
         if cell.model.low_memory and copies and not exports:

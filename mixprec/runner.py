@@ -86,12 +86,15 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
         loaded = model = None  # the last references: what forget() drops is freed
         forget()
     with stage("allocate"):
-        request = Request(
-            cell.baseline, cell.seed, cell.model, cell.calibration, cache, notes.__setitem__, model
-        )
-        allocation = allocate(layers, cell.schemes, cell.budget, request)
+        allocation = allocate(
+            layers, cell.schemes, cell.budget,
+            Request(
+                cell.baseline, cell.seed, cell.model, cell.calibration, cache,
+                notes.__setitem__, model,
+            ),
+        )  # fmt: skip
     if cell.model.low_memory and (exports or cell.tuning):
-        loaded = model = request = None
+        loaded = model = None
         forget()
 
     tuning, tuned = _tuning(cell, tokenizer, cache), None

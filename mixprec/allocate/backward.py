@@ -42,8 +42,8 @@ def totals(
     Logits are taken to be the output head's own, as in `evaluate.kl`. Raises ConfigError for a layer
     that not every token reaches.
     """
-    sums = np.full((len(tokens), len(layers), len(schemes)), np.nan)
-    rounded = Inputs()
+    sums = np.zeros((len(tokens), len(layers), len(schemes)))
+    reached, rounded = set(), Inputs()
 
     def seer(place: int, layer: Layer, rows: slice):
         module = model.get_submodule(layer.name)
@@ -53,10 +53,11 @@ def totals(
             count = rows.stop - rows.start
             if len(x) != count * tokens.shape[1]:
                 raise ConfigError(f"{layer.name}: not every token reaches it; it cannot be scored")
+            reached.add(layer)
             for option, scheme in enumerate(schemes):
                 error = Error(module.weight, scheme, rounded, x)
                 each = score(error, x, g, back).double().reshape(count, -1)
-                sums[rows, place, option] = each.sum(1).cpu()
+                sums[rows, place, option] += each.sum(1).cpu().numpy()
 
         return see
 
@@ -64,9 +65,9 @@ def totals(
         with _seen(model, {la.name: seer(i, la, rows) for i, la in enumerate(layers)}):
             hidden = _hidden(model, tokens[rows])
             hidden.backward(_from_head(model, hidden.detach(), rows, gradient))
-    if np.isnan(sums).any() and (unseen := np.isnan(sums).all((0, 2))).any():
-        name = layers[int(unseen.argmax())].name
-        raise ConfigError(f"{name}: no calibration token reaches it; it cannot be scored")
+    for layer in layers:
+        if layer not in reached:
+            raise ConfigError(f"{layer.name}: no calibration token reaches it; it cannot be scored")
     return sums
 
 

@@ -34,7 +34,10 @@ def solve(scores: np.ndarray, weights: list[int], bits: list[int], budget: float
     costs = [[weight * option for option in bits] for weight in weights]
     least = sum(min(row) for row in costs)
     # In whole numbers from here on: 5.0 bits means exactly 5, and a float never decides a tie.
-    room = math.floor(Fraction(budget) * sum(weights)) - least
+    allowed = math.floor(Fraction(budget) * sum(weights))
+    while (allowed + 1) / sum(weights) <= budget:  # 16/3 as a float is less than 16/3
+        allowed += 1
+    room = allowed - least
     if room < 0:
         raise ValueError(
             f"budget={budget:g}: accepted: {least / sum(weights):g} bits or more, the lowest options'"

@@ -26,8 +26,9 @@ def score(
         def hook(module, arguments):
             x = arguments[0].reshape(-1, arguments[0].shape[-1])
             for option, scheme in enumerate(schemes):
-                squares = Error(module.weight, scheme, inputs, x).output().double().square().sum(-1)
-                sums[rows, place, option] += squares.view(rows.stop - rows.start, -1).sum(1).cpu()
+                squares = Error(module.weight, scheme, inputs, x).output().double().square()
+                each = squares.view(rows.stop - rows.start, -1).sum(1)
+                sums[rows, place, option] += each.cpu().numpy()
 
         return hook
 
