@@ -17,6 +17,7 @@ import torch
 
 from mixprec import provenance
 from mixprec.allocate import loads_a_copy
+from mixprec.allocate.backward import LOGITS_AT_ONCE, TOKENS_AT_ONCE
 from mixprec.architecture import config_of
 from mixprec.cell import Cell, Model
 from mixprec.models import arithmetic, in_hub_cache, is_on_hub, quantized_layers
@@ -145,6 +146,13 @@ def memory(
             need["read scores"] = (held, apart[1])
         else:
             need["score"] = (held, apart[1] + work) if on_gpu else (held + work, 0)
+    elif cell.calibration is not None:  # scored by the model that is in memory
+        calibration = cell.calibration
+        tokens = min(TOKENS_AT_ONCE, calibration.samples * calibration.tokens)
+        work = width * tokens * size.blocks * size.hidden  # each block's input
+        work += width * tokens * (16 * size.hidden + 6 * size.intermediate)  # one block's graph
+        work += 12 * LOGITS_AT_ONCE * size.vocabulary + width * size.vocabulary * size.hidden
+        need["score"] = on_device(cpu, work)
     if exports:
         packed = exported_bytes(cell, size)
         block = 16 * size.quantized / size.blocks

@@ -1,11 +1,12 @@
 """Scores are the formula's numbers, the formula is the Fisher quadratic form, and that predicts KL."""
 
+import json
 import multiprocessing
 
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, CACHE, cell, tiny_overrides
+from conftest import ARCHITECTURES, CACHE, cell, run, tiny_overrides
 
 from mixprec import models
 from mixprec.allocate import Request, allocate, backward, fisher, modelopt, output_error, scores
@@ -171,7 +172,10 @@ def test_with_many_signs_it_is_the_fisher_quadratic_form(tiny, monkeypatch):
 
 
 def test_it_predicts_the_kl_of_a_small_error(tiny, tmp_path):
-    """One layer in mxfp8: KL on the same tokens."""
+    """One layer in mxfp8: KL on the same tokens.
+
+    The typical layer, because an error that tokens share adds up, and the score leaves that out.
+    """
     model, layers = loaded(tiny["llama"])
     tokens = some_tokens(16, 64)
     predicted = fisher.score(model, tokens, layers, MX[1:]).mean(0)[:, 0]
@@ -181,7 +185,17 @@ def test_it_predicts_the_kl_of_a_small_error(tiny, tmp_path):
     for place in range(0, len(layers), 2):
         in_memory.apply({la.name: BF16.name for la in layers} | {layers[place].name: "mxfp8"})
         ratios.append(kl.divergence(model, tokens, reference)["mean"] / predicted[place])
-    assert 0.7 < np.median(ratios) < 1.4 and min(ratios) > 0.4 and max(ratios) < 2.5
+    assert 0.7 < np.median(ratios) < 1.4 and min(ratios) > 0.5
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_cell_stores_what_was_predicted(tiny, tmp_path, low_memory):
+    overrides = [*tiny_overrides(tiny["qwen3"]), "baseline=fisher", "budget=5"]
+    outcome = run(tmp_path, *overrides, f"model.low_memory={low_memory}")
+    assert outcome.status == "done", outcome.message
+    result = json.loads((tmp_path / outcome.cell.path / "result.json").read_text())
+    assert result["realised_bits"] <= 5
+    assert 0.3 < result["notes"]["predicted_kl"] / result["kl"]["mean"] < 3
 
 
 def asked(folder, cache, notes, baseline="fisher"):
