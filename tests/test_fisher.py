@@ -227,9 +227,12 @@ def test_scores_are_made_once_and_serve_every_budget(tiny, cache, monkeypatch):
     assert predicted == sorted(predicted, reverse=True) and predicted[-1] > 0
     (file,) = cache.glob("scores/*/scores.parquet")
     table = scores.pd.read_parquet(file)
-    assert list(table.columns) == ["layer", "option", "bits", "score", "stderr"]
+    assert list(table.columns) == [
+        "layer", "option", "bits", "score", "stderr", "per_sequence",
+    ]  # fmt: skip
     assert list(table.layer) == [layer.name for layer in layers for _ in schemes]
     assert (table.stderr > 0).all() and (table.score > 0).all()
+    assert notes["predicted_kl_stderr"] > 0
     assert predicted[0] == pytest.approx(table.score[table.option == "mxfp4"].sum())
 
 

@@ -85,7 +85,7 @@ class Error:
     """
 
     def __init__(self, weight: torch.Tensor, scheme: Scheme, inputs: Inputs, x: torch.Tensor):
-        self.weight, self.activations = weight, scheme.activations
+        self.weight = weight
         self.weight_error = (round_weight(weight, scheme) - weight.float()).to(x.dtype)
         self.x, self.x_error = inputs.rounded(x, scheme) if scheme.activations else (x, None)
 

@@ -27,8 +27,9 @@ SEED = 0  # of the signs
 
 
 def allocate(layers, schemes, budget, request) -> dict[str, str]:
-    allocation, total = scores.minimise(layers, schemes, budget, request, "fisher", score)
-    request.note("predicted_kl", total)
+    allocation, kl, stderr = scores.minimise(layers, schemes, budget, request, "fisher", score)
+    request.note("predicted_kl", kl)
+    request.note("predicted_kl_stderr", stderr)
     return allocation
 
 

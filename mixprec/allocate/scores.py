@@ -5,11 +5,12 @@ A signal is a function
     score(model, tokens, layers, schemes) -> float64 [samples, layers, options]
 
 of the unquantized model and token ids [sequences, tokens]: how much an option of a layer loses, by one
-or more samples of it. `scores.parquet` holds their mean and its standard error.
+or more samples of it. `scores.parquet` holds them, their mean and its standard error.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -26,8 +27,8 @@ VERSION = 1  # raised whenever a signal means something else than before
 
 def minimise(
     layers, schemes, budget, request, signal: str, score: Callable
-) -> tuple[dict[str, str], float]:
-    """The allocation with the smallest sum of scores within the budget, and that sum."""
+) -> tuple[dict[str, str], float, float | None]:
+    """The allocation with the smallest sum of scores within the budget, that sum, its standard error."""
     table = stored(layers, schemes, request, signal, score)
     values = table.score.to_numpy().reshape(len(layers), len(schemes))
     weights, bits = [layer.weights for layer in layers], [scheme.bits for scheme in schemes]
@@ -35,14 +36,18 @@ def minimise(
     allocation = {
         layer.name: schemes[option].name for layer, option in zip(layers, chosen, strict=True)
     }
-    return allocation, float(values[np.arange(len(layers)), chosen].sum())
+    samples = np.stack(table.per_sequence).reshape(*values.shape, -1)
+    sums = samples[np.arange(len(layers)), chosen].sum(0)
+    n = len(sums)
+    stderr = None if n == 1 else float(sums.std(ddof=1) / math.sqrt(n))
+    return allocation, float(sums.mean()), stderr
 
 
 def stored(layers, schemes, request, signal: str, score: Callable) -> pd.DataFrame:
-    """Columns layer, option, bits, score, stderr; a row for each option of each layer, in order.
+    """Columns layer, option, bits, score, stderr, per_sequence; each layer's options, in order.
 
-    Made once, even by many processes that start together. stderr is that of the mean over
-    sequences, because tokens of one sequence are not independent; NaN for one sample.
+    Made once, even by many processes that start together. score is the mean of per_sequence and
+    stderr its standard error, because tokens of one sequence are not independent; NaN for one sample.
     Raises FloatingPointError if a score is not finite.
     """
     checkpoint = models.checkpoint(request.model, request.cache)
@@ -77,7 +82,8 @@ def _table(samples: np.ndarray, layers, schemes) -> pd.DataFrame:
     )
     table["score"] = samples.mean(0).ravel()
     n = len(samples)
-    table["stderr"] = np.nan if n == 1 else (samples.std(0, ddof=1) / np.sqrt(n)).ravel()
+    table["stderr"] = np.nan if n == 1 else (samples.std(0, ddof=1) / math.sqrt(n)).ravel()
+    table["per_sequence"] = list(samples.reshape(n, -1).T)
     if len(bad := table[~np.isfinite(table.score)]):
         layer, option = bad.iloc[0][["layer", "option"]]
         raise FloatingPointError(f"{layer}: its score in {option} is not finite")
