@@ -373,7 +373,9 @@ def _check_options(options: Options) -> None:
 def _check_baseline(baseline: Baseline) -> None:
     _check_name("baseline.name", baseline.name)
     rules = sorted(
-        path.stem for path in (_ROOT / "mixprec/allocate").glob("*.py") if path.stem != "__init__"
+        path.stem
+        for path in (_ROOT / "mixprec/allocate").glob("*.py")
+        if path.stem != "__init__" and "\ndef allocate(" in path.read_text(encoding="utf-8")
     )
     _one_of("baseline.rule", baseline.rule, rules)
     for need in baseline.needs:

@@ -17,6 +17,7 @@ import torch
 
 from mixprec import provenance
 from mixprec.allocate import loads_a_copy
+from mixprec.allocate.backward import LOGITS_AT_ONCE, TOKENS_AT_ONCE
 from mixprec.architecture import config_of
 from mixprec.cell import Cell, Model
 from mixprec.models import arithmetic, in_hub_cache, is_on_hub, quantized_layers
@@ -145,6 +146,13 @@ def memory(
             need["read scores"] = (held, apart[1])
         else:
             need["score"] = (held, apart[1] + work) if on_gpu else (held + work, 0)
+    elif cell.calibration is not None:  # scored by the model that is in memory
+        calibration = cell.calibration
+        tokens = min(TOKENS_AT_ONCE, calibration.samples * calibration.tokens)
+        work = width * tokens * size.blocks * size.hidden  # each block's input
+        work += width * tokens * (16 * size.hidden + 6 * size.intermediate)  # one block's graph
+        work += 12 * LOGITS_AT_ONCE * size.vocabulary + width * size.vocabulary * size.hidden
+        need["score"] = on_device(cpu, work)
     if exports:
         packed = exported_bytes(cell, size)
         block = 16 * size.quantized / size.blocks
@@ -240,10 +248,11 @@ def seconds(
     if cell.calibration is not None:
         rule = cell.baseline.rule
         by_rule = [r for r in alike if r["config"]["baseline"]["rule"] == rule]
-        again = [r for r in by_rule if r["notes"].get("autoscheme_scores_stored")]
-        if copies and _scored(cell, done):  # reads the weights and the scores
+        stored = ("autoscheme_scores_stored", "scores_stored")
+        again = [r for r in by_rule if any(r["notes"].get(key) for key in stored)]
+        if _scored(cell, done):  # reads the scores, and the weights where the rule has its own
             known = time("allocate", again, lambda stage, config, weights, counts: weights)
-            stages.append(loading if known is None else known)
+            stages.append(known if known is not None else loading if copies else 0)
         else:
             stages.append(time("allocate", [r for r in by_rule if r not in again]))
         if cell.model.low_memory and copies and not exports:

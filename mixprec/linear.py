@@ -11,6 +11,10 @@ import platform
 
 import torch
 
+_HAS_ONEDNN = (
+    platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
+)
+
 
 class PackedLinear(torch.nn.Linear):
     """A linear for inference that multiplies with what was packed last; at first, its weight.
@@ -28,7 +32,7 @@ class PackedLinear(torch.nn.Linear):
 
     def pack(self, weight: torch.Tensor) -> None:
         """Multiply with `weight` [out_features, in_features] from now on."""
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.float())
+        self._packed = pack(weight.float())
 
     @property
     def packed(self) -> torch.Tensor:
@@ -37,7 +41,45 @@ class PackedLinear(torch.nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: float32 [..., in_features]; returns float32 [..., out_features]."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return multiply(x, self._packed, self.bias)
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """What `multiply` takes for `weight` [out_features, in_features]: packed if that is faster."""
+    if weight.dtype == torch.float32 and weight.device.type == "cpu" and _HAS_ONEDNN:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    return weight
+
+
+def multiply(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x: [..., in_features]; returns x Wᵀ + bias, [..., out_features], in x's dtype. No gradients."""
+    if packed.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return torch.nn.functional.linear(x, packed, bias)
+
+
+class Seen(torch.autograd.Function):
+    """A linear for a backward pass through activations alone, in which `see` is called once.
+
+    see(x, g, back): the linear's input [..., in_features], the gradient at its output
+    [..., out_features], and the one at its input, g W [..., in_features].
+    """
+
+    @staticmethod
+    def forward(ctx, x, linear, weight, see):
+        """x W, computed by `linear`; weight: [out_features, in_features]."""
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.see = weight, see
+        return linear(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        back = multiply(g.contiguous(), pack(ctx.weight.to(g.dtype).T))
+        ctx.see(x, g, back)
+        return back, None, None, None
 
 
 def can_pack(module: torch.nn.Module) -> bool:
@@ -46,7 +88,6 @@ def can_pack(module: torch.nn.Module) -> bool:
         isinstance(module, torch.nn.Linear)
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
-        and platform.machine().lower() in ("x86_64", "amd64")
-        and torch.backends.mkldnn.is_available()
+        and _HAS_ONEDNN
         and torch.equal(module.weight.bfloat16().float(), module.weight)
     )

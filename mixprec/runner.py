@@ -82,14 +82,20 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
             reference = kl.Reference.of(model, tokens, file)
 
     exports = cell.options is not None and cell.schemes[0].family == "int"
-    if cell.model.low_memory and (exports or cell.tuning or loads_a_copy(cell.baseline)):
+    if cell.model.low_memory and loads_a_copy(cell.baseline):
         loaded = model = None  # the last references: what forget() drops is freed
         forget()
     with stage("allocate"):
-        request = Request(
-            cell.baseline, cell.seed, cell.model, cell.calibration, cache, notes.__setitem__
-        )
-        allocation = allocate(layers, cell.schemes, cell.budget, request)
+        allocation = allocate(
+            layers, cell.schemes, cell.budget,
+            Request(
+                cell.baseline, cell.seed, cell.model, cell.calibration, cache,
+                notes.__setitem__, model,
+            ),
+        )  # fmt: skip
+    if cell.model.low_memory and (exports or cell.tuning):
+        loaded = model = None
+        forget()
 
     tuning, tuned = _tuning(cell, tokenizer, cache), None
     if tuning and not exports:

@@ -25,7 +25,10 @@ from mixprec.published import Printed, PrintedRow
 from mixprec.store import one_line, write
 
 DASH = "—"
-_ORDER = ["bf16", "low", "tail4", "head4", "tail8", "head8", "random", "ours", "high"]
+_ORDER = [
+    "bf16", "low", "tail4", "head4", "tail8", "head8", "random",
+    "weight_error", "output_error", "modelopt", "ours", "fisher", "high",
+]  # fmt: skip
 
 _ABOUT_PACKAGED_MODEL = (
     "smollm2_135m is SmolLM2-135M-Instruct de-quantized from a Q4_1 GGUF; what is called BF16 is "

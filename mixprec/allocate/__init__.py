@@ -16,9 +16,13 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mixprec.cell import Baseline, Calibration, Model
 from mixprec.schemes import Layer, Scheme, layer_bits, realised_bits
+
+if TYPE_CHECKING:
+    import torch
 
 Allocation = dict[str, str]
 
@@ -33,6 +37,7 @@ class Request:
     calibration: Calibration | None = None
     cache: Path | None = None
     note: Callable[[str, object], None] = lambda key, value: None  # into result.json's `notes`
+    reference: torch.nn.Module | None = None  # the unquantized model; None if loads_a_copy
 
 
 def allocate(
@@ -49,7 +54,7 @@ def allocate(
 
 
 def loads_a_copy(baseline: Baseline) -> bool:
-    """True if the rule loads the model's weights once more, beside the reference."""
+    """True if the rule loads the model's weights once more; False if it needs the reference, if any."""
     rule = importlib.import_module(f"mixprec.allocate.{baseline.rule}")
     return getattr(rule, "LOADS_A_COPY", False)
 
