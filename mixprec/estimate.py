@@ -121,7 +121,7 @@ def memory(
     kept = 2 * size.quantized if cell.options and not exports else 0
     if not on_gpu and width == 4 and cell.eval.engine == "shared_prefix":
         # Packed linears keep their own, rounded or not; a tied head is packed apart from embeddings.
-        kept = 2 * size.quantized + 6 * size.vocabulary * size.hidden
+        kept = 2 * size.quantized + 4 * size.vocabulary * size.hidden
     cpu, gpu = libraries + kept + (0 if on_gpu else reference), reference if on_gpu else 0
 
     def on_device(held: float, work: float) -> tuple[float, float]:

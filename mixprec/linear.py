@@ -19,14 +19,17 @@ _HAS_ONEDNN = (
 class PackedLinear(torch.nn.Linear):
     """A linear for inference that multiplies with what was packed last; at first, its weight.
 
-    weight: bfloat16 [out_features, in_features], as the linear had it; packing changes it not.
+    weight: [out_features, in_features] as the linear had it, in bfloat16, or, if it is tied to
+    another module's and in memory anyway, in float32; packing changes it not.
     """
 
-    def __init__(self, linear: torch.nn.Linear):
+    def __init__(self, linear: torch.nn.Linear, *, tied: bool = False):
         super().__init__(
             linear.in_features, linear.out_features, linear.bias is not None, device="meta"
         )
-        self.weight = torch.nn.Parameter(linear.weight.data.bfloat16(), requires_grad=False)
+        self.weight = linear.weight
+        if not tied:
+            self.weight = torch.nn.Parameter(linear.weight.data.bfloat16(), requires_grad=False)
         self.bias = linear.bias
         self.pack(self.weight.data)
 

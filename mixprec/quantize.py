@@ -35,9 +35,11 @@ class InMemory:
         """packed: let oneDNN multiply the linears, the output head too, where it can."""
         self.model = model
         if packed:
+            embeddings = model.get_input_embeddings().weight
             for name in [name for name, _ in model.named_modules()]:  # one at a time in memory
                 if can_pack(module := model.get_submodule(name)):
-                    model.set_submodule(name, PackedLinear(module))
+                    tied = module.weight is embeddings
+                    model.set_submodule(name, PackedLinear(module, tied=tied))
         self._modules = dict(model.named_modules())
         self._reference: dict[str, torch.Tensor] = {}
         self._scheme: dict[str, str] = {}

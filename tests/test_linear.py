@@ -43,6 +43,12 @@ def test_another_weight_takes_its_place_and_leaves_its_own():
     assert torch.equal(packed.weight, own)
 
 
+def test_a_tied_weight_is_not_held_twice():
+    layer = linear()
+    assert PackedLinear(layer, tied=True).weight is layer.weight
+    assert PackedLinear(layer).weight.dtype == torch.bfloat16
+
+
 def test_only_float32_linears_of_bfloat16_values_on_a_cpu_are_packed():
     assert can_pack(linear())
     assert not can_pack(torch.nn.Linear(160, 96))  # its weights have more bits
