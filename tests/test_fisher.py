@@ -192,7 +192,7 @@ def test_it_predicts_the_kl_of_a_small_error(tiny, tmp_path):
 def test_a_cell_stores_what_was_predicted(tiny, tmp_path, low_memory):
     overrides = [*tiny_overrides(tiny["qwen3"]), "baseline=fisher", "budget=5"]
     outcome = run(tmp_path, *overrides, f"model.low_memory={low_memory}")
-    assert outcome.status == "done", outcome.message
+    assert outcome.state == "done", outcome.message
     result = json.loads((tmp_path / outcome.cell.path / "result.json").read_text())
     assert result["realised_bits"] <= 5
     assert 0.3 < result["notes"]["predicted_kl"] / result["kl"]["mean"] < 3

@@ -20,7 +20,7 @@ from mixprec.linear import Seen, multiply, pack
 from mixprec.rounding import round_mx
 from mixprec.schemes import Layer, Scheme
 
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 2048
 LOGITS_AT_ONCE = 256
 
 
