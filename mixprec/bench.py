@@ -105,12 +105,11 @@ def _requests(cfg: Config) -> dict[str, list]:
     from mixprec.evaluate.tasks import tasks_of
 
     tasks = tasks_of(cfg.eval, CACHE)
-    loaded = tasks.manager.load(tasks.specs)["tasks"]
+    loaded = tasks.loaded["tasks"]
     requests: dict[str, list] = {}
     for name, leaves in tasks.leaves.items():
         requests[name] = []
         for leaf in leaves:
-            loaded[leaf].set_config(key="num_fewshot", value=0)
             loaded[leaf].build_all_requests(samples=tasks.documents[leaf], rank=0, world_size=1)
             requests[name] += loaded[leaf].instances
     return requests

@@ -28,7 +28,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def loaded():
     tasks = tasks_of(configuration("model.limit=null").eval, CACHE)
-    return tasks, tasks.manager.load(tasks.specs)["tasks"]
+    return tasks, tasks.loaded["tasks"]
 
 
 def test_the_splits_share_no_text(texts):

@@ -44,7 +44,7 @@ def test_answers_are_those_of_plain_lm_eval(tiny, engine):
             assert list(row.loglikelihoods) == pytest.approx(theirs, rel=1e-5)
             assert row.correct == bool(sample["acc"])
             assert row.doc_hash == sample["doc_hash"]
-            document = tasks.manager.load(tasks.specs)["tasks"][task].eval_docs[sample["doc_id"]]
+            document = tasks.loaded["tasks"][task].eval_docs[sample["doc_id"]]
             assert all(
                 document[key] == value for key, value in sample["doc"].items() if key in document
             )

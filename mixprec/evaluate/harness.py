@@ -33,10 +33,9 @@ def accuracy(
     tasks = tasks_of(cell.eval, cache)
     lm = language_model(model, tokenizer, cell)
     with _no_bar_for_prompts():
-        results = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=tasks.specs,
-            task_manager=tasks.manager,
+        results = lm_eval.evaluate(
+            lm=lm,
+            task_dict=tasks.loaded,
             samples=tasks.documents,
             bootstrap_iters=0,  # standard errors are taken from the samples below
             log_samples=True,

@@ -19,12 +19,14 @@ _FOLDERS = ("lambada", "hellaswag", "piqa", "winogrande", "mmlu/default")
 @dataclass(frozen=True)
 class Tasks:
     """specs:     what lm-eval loads the tasks from
+    loaded:    what it made of them, for `lm_eval.evaluate`; sixty data sets are read for it
     leaves:    task -> names of lm-eval's tasks below it (mmlu: one a subject; others: itself)
     documents: lm-eval's task name -> ids of the documents to evaluate; None: all
     """
 
     manager: object
     specs: list[dict]
+    loaded: dict
     leaves: dict[str, list[str]]
     documents: dict[str, list[int]] | None
 
@@ -57,6 +59,10 @@ def _tasks(names: tuple[str, ...], source: str, limit: int | None, seed: int, ca
     ]
     specs = [{"group": "mixprec", "task": members}]
     loaded = manager.load(specs)
+    for task in loaded["tasks"].values():  # as lm_eval.simple_evaluate does by default
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)
     documents = None
     if limit is not None:
         documents = {}
@@ -64,7 +70,7 @@ def _tasks(names: tuple[str, ...], source: str, limit: int | None, seed: int, ca
             sizes = {leaf: len(loaded["tasks"][leaf].eval_docs) for leaf in below}
             for leaf, count in shares(limit, sizes).items():
                 documents[leaf] = spread(sizes[leaf], count, seed, leaf)
-    return Tasks(manager, specs, leaves, documents)
+    return Tasks(manager, specs, loaded, leaves, documents)
 
 
 def _leaves(manager, name: str) -> list[str]:
