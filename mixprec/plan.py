@@ -25,10 +25,12 @@ def problems(
     cache: Path,
     *,
     here: bool = True,
+    strict: bool = True,
 ) -> list[str]:
     """What would stop `cells`, a line each: hub, token, disk, memory. Loads and writes nothing.
 
     sizes: by model name. results: those of the same hardware. here: False if they run on other machines, whose memory is not known.
+    strict: also what costs a model's own cells alone: a repository or revision that is not there.
     """
     found: list[str] = []
     space: dict[Path, float] = {}  # folder -> bytes that will be written there
@@ -38,7 +40,7 @@ def problems(
         own = [cell for cell in cells if cell.model.name == name]
         missing = is_on_hub(model) and in_hub_cache(model) is None
         if missing:
-            found += [f"{name}: {line}" for line in hub.refusals(model)]
+            found += [f"{name}: {line}" for line in hub.refusals(model, strict)]
         if size is None:
             continue
         if missing:
@@ -107,11 +109,11 @@ class _Hub:
 
         return Path(constants.HF_HUB_CACHE)
 
-    def refusals(self, model: Model) -> list[str]:
-        """Why `model` cannot be downloaded, a line each."""
+    def refusals(self, model: Model, strict: bool) -> list[str]:
+        """Why `model` cannot be downloaded, a line each; see `problems`."""
         from huggingface_hub import HfApi, constants, errors, get_token
 
-        api, found = HfApi(), []
+        api, found, not_there = HfApi(), [], []
         if model.gated and not get_token():
             found.append(
                 f"{model.path} is gated on the hub and no token found; accept its licence there, "
@@ -126,16 +128,16 @@ class _Hub:
                     api.auth_check(model.path)
         except errors.GatedRepoError:
             if get_token():
-                found.append(f"{model.path} is gated and the token has no access to it")
+                not_there.append(f"{model.path} is gated and the token has no access to it")
         except errors.RevisionNotFoundError:
-            found.append(f"{model.path} has no revision {model.revision} on the hub")
+            not_there.append(f"{model.path} has no revision {model.revision} on the hub")
         except errors.RepositoryNotFoundError:
-            found.append(f"{model.path} is not on the hub, or the token does not show it")
+            not_there.append(f"{model.path} is not on the hub, or the token does not show it")
         except Exception as error:  # whatever the transport raises
             self.down = f"the hub cannot be reached ({type(error).__name__})"
         if self.down:
             found.append(f"{model.path} is not in the hub's cache, and {self.down}")
-        return found
+        return found + not_there if strict else found
 
 
 def _add(space: dict[Path, float], folder: Path, bytes_: float) -> None:
