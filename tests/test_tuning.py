@@ -75,7 +75,8 @@ def mx(tiny):
     tokenizer = models.load_tokenizer(checkpoint, model)
     source = models.load_for_auto_round(checkpoint, model)
     allocation = mixed(source, "mxfp4", "mxfp8")
-    with quantize._auto_round(source, tokenizer, allocation, tuning(tiny["llama"])) as compressor:
+    settings = tuning(tiny["llama"])
+    with quantize._auto_round(source, tokenizer, allocation, settings, False) as compressor:
         theirs, _ = compressor.quantize()
     again = models.load_for_auto_round(checkpoint, model)
     weights = quantize.tuned_weights(again, tokenizer, allocation, tuning(tiny["llama"]))
