@@ -172,6 +172,11 @@ class Cell:
         return [SCHEMES[name] for name in self.options.schemes] if self.options else []
 
     @property
+    def exports(self) -> bool:
+        """True if its model is written to disk and read back; MX options are rounded in memory."""
+        return self.options is not None and self.schemes[0].family == "int"
+
+    @property
     def settings(self) -> dict[str, Any]:
         model = {
             key: getattr(self.model, key)

@@ -113,7 +113,7 @@ def memory(
     """
     libraries = 0.6 * GB
     model, on_gpu = cell.model, bool(machine.gpus)
-    exports = _exports(cell)
+    exports = cell.exports
     width = arithmetic(model, machine.device).itemsize
     reference = width * size.parameters
     checkpoint = 2 * size.parameters  # bfloat16
@@ -171,7 +171,7 @@ def memory(
 
 def exported_bytes(cell: Cell, size: Size) -> float:
     """What the checkpoint of a weight-only cell takes at most, on disk and read back; 0 for others."""
-    if not _exports(cell):
+    if not cell.exports:
         return 0
     bits = max(scheme.bits + 32 / scheme.group_size for scheme in cell.schemes)
     return 2 * (size.parameters - size.quantized) + size.quantized * bits / 8
@@ -199,7 +199,7 @@ def seconds(
     results: those of the same hardware. before: the cells that run first; what they load, compute or
     score is there for this one. Starting Python (5 s) is not in it.
     """
-    settings, exports = cell.settings, _exports(cell)
+    settings, exports = cell.settings, cell.exports
     copies = loads_a_copy(cell.baseline)
     counts = {task: documents(task, cell.eval.limit) for task in cell.eval.tasks}
     if math.inf in counts.values():
@@ -299,7 +299,3 @@ def _any_with(done: list[dict], settings: dict, keys: list[tuple[str, ...]]) -> 
         return config
 
     return any(all(at(config, key) == at(settings, key) for key in keys) for config in done)
-
-
-def _exports(cell: Cell) -> bool:
-    return cell.options is not None and cell.schemes[0].family == "int"

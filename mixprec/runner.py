@@ -81,7 +81,6 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
             file = cache / "reference" / f"{cell.model.name}-{key[:16]}.safetensors"
             reference = kl.Reference.of(model, tokens, file)
 
-    exports = cell.options is not None and cell.schemes[0].family == "int"
     if cell.model.low_memory and loads_a_copy(cell.baseline):
         loaded = model = None  # the last references: what forget() drops is freed
         forget()
@@ -93,25 +92,25 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
                 notes.__setitem__, model,
             ),
         )  # fmt: skip
-    if cell.model.low_memory and (exports or cell.tuning):
+    if cell.model.low_memory and (cell.exports or cell.tuning):
         loaded = model = None
         forget()
 
     tuning, tuned = _tuning(cell, tokenizer, cache), None
-    if tuning and not exports:
+    if tuning and not cell.exports:
         with stage("tune"):
             tuned = quantize.tuned_weights(
                 models.load_for_auto_round(checkpoint, cell.model),
                 tokenizer, allocation, tuning, low_memory=cell.model.low_memory,
             )  # fmt: skip
-    if loaded is None and not exports:
+    if loaded is None and not cell.exports:
         with stage("load"):
             loaded = _load(cell, cache)
             model = loaded.model
 
     folder = checkpoint.folder
     with stage("quantize"):
-        if exports:
+        if cell.exports:
             place = _place(cache)  # removed with the last reference to it
             if cell.eval.engine == "vllm" and (why_not := vllm.refusal(allocation)):
                 raise RuntimeError(why_not)
