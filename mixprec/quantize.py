@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mixprec.linear import PackedLinear, can_pack
+from mixprec.linear import PackedLinear, can_pack, keep_memory
 from mixprec.models import release_from_auto_round
 from mixprec.rounding import round_mx
 from mixprec.schemes import BF16, Scheme, scheme_named
@@ -35,6 +35,7 @@ class InMemory:
         """packed: let oneDNN multiply the linears, the output head too, where it can."""
         self.model = model
         if packed:
+            keep_memory()
             embeddings = model.get_input_embeddings().weight
             for name in [name for name, _ in model.named_modules()]:  # one at a time in memory
                 if can_pack(module := model.get_submodule(name)):

@@ -25,7 +25,7 @@ TRIE_NODES = 4096  # at most, unless one request alone is longer: a mask has nod
 PADDING = 0.05  # of a batch's tokens, at most
 CPU_TOKENS = 512  # a forward; SmolLM2-135M, 2 cores: 256 tokens are 8% slower, 2048 no faster
 GPU_TOKENS = (1024, 16384)  # a forward: at least, at most; between them by free memory
-HEAD_ELEMENTS = 1 << 23  # rows x words of one softmax: 32 MB in float32
+HEAD_ELEMENTS = 1 << 22  # rows x words of one softmax: 16 MB in float32
 
 
 @register_model("shared_prefix")
