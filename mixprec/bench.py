@@ -110,7 +110,7 @@ def _requests(cfg: Config) -> dict[str, list]:
     for name, leaves in tasks.leaves.items():
         requests[name] = []
         for leaf in leaves:
-            loaded[leaf].build_all_requests(samples=tasks.documents[leaf], rank=0, world_size=1)
+            loaded[leaf].build_all_requests(samples=tasks.samples.get(leaf), rank=0, world_size=1)
             requests[name] += loaded[leaf].instances
     return requests
 

@@ -36,7 +36,7 @@ def accuracy(
         results = lm_eval.evaluate(
             lm=lm,
             task_dict=tasks.loaded,
-            samples=tasks.documents,
+            samples=tasks.samples or None,
             bootstrap_iters=0,  # standard errors are taken from the samples below
             log_samples=True,
         )
@@ -44,7 +44,8 @@ def accuracy(
     for name, leaves in tasks.leaves.items():
         for leaf in leaves:
             for sample in results["samples"][leaf]:
-                rows.append(_row(name, leaf, sample))
+                doc_id = tasks.doc_id(leaf, int(sample["doc_id"]))
+                rows.append(_row(name, leaf, doc_id, sample))
     samples = pd.DataFrame(rows).sort_values(["task", "leaf", "doc_id"], ignore_index=True)
     metrics = {name: summary(samples[samples.task == name]) for name in tasks.leaves}
     counted = {key: getattr(lm, f"tokens_{key}", 0) for key in ("asked", "run", "padded", "rows")}
@@ -126,17 +127,17 @@ def documents_hash(samples: pd.DataFrame) -> dict[str, str]:
     }
 
 
-def _row(task: str, leaf: str, sample: dict) -> dict:
+def _row(task: str, leaf: str, doc_id: int, sample: dict) -> dict:
     loglikelihoods = [float(response[0]) for response in sample["filtered_resps"]]
     if not all(map(math.isfinite, loglikelihoods)):
         raise FloatingPointError(
-            f"{leaf}, document {sample['doc_id']}: log-likelihoods {loglikelihoods} are not finite"
+            f"{leaf}, document {doc_id}: log-likelihoods {loglikelihoods} are not finite"
         )
     target = sample["target"]
     return {
         "task": task,
         "leaf": leaf,
-        "doc_id": int(sample["doc_id"]),
+        "doc_id": doc_id,
         "doc_hash": sample["doc_hash"],
         "loglikelihoods": loglikelihoods,
         "target": target if isinstance(target, int) else 0,

@@ -19,16 +19,23 @@ _FOLDERS = ("lambada", "hellaswag", "piqa", "winogrande", "mmlu/default")
 @dataclass(frozen=True)
 class Tasks:
     """specs:     what lm-eval loads the tasks from
-    loaded:    what it made of them, for `lm_eval.evaluate`; sixty data sets are read for it
     leaves:    task -> names of lm-eval's tasks below it (mmlu: one a subject; others: itself)
     documents: lm-eval's task name -> ids of the documents to evaluate; None: all
+    loaded:    what lm-eval made of `specs`; tasks hold the chosen documents alone where they can
+    samples:   for `lm_eval.evaluate` with `loaded`: `documents` of the tasks that hold others too
     """
 
     manager: object
     specs: list[dict]
-    loaded: dict
     leaves: dict[str, list[str]]
     documents: dict[str, list[int]] | None
+    loaded: dict
+    samples: dict[str, list[int]]
+
+    def doc_id(self, leaf: str, doc_id: int) -> int:
+        """The id of a document among all of lm-eval's task `leaf`; doc_id: what `lm_eval.evaluate` says."""
+        held = self.documents is not None and leaf not in self.samples
+        return self.documents[leaf][doc_id] if held else doc_id
 
 
 def tasks_of(evaluation: Eval, cache: Path) -> Tasks:
@@ -70,7 +77,26 @@ def _tasks(names: tuple[str, ...], source: str, limit: int | None, seed: int, ca
             sizes = {leaf: len(loaded["tasks"][leaf].eval_docs) for leaf in below}
             for leaf, count in shares(limit, sizes).items():
                 documents[leaf] = spread(sizes[leaf], count, seed, leaf)
-    return Tasks(manager, specs, loaded, leaves, documents)
+    samples = {
+        leaf: chosen
+        for leaf, chosen in (documents or {}).items()
+        if not _hold_only(loaded["tasks"][leaf], chosen)
+    }
+    return Tasks(manager, specs, leaves, documents, loaded, samples)
+
+
+def _hold_only(task, chosen: list[int]) -> bool:
+    """Leave `task` with these of its documents; False if it may need others, and then it has all.
+
+    lm-eval decodes every document of a task, twice a cell, to pick these: seconds for thirty thousand.
+    """
+    documents = task.eval_docs
+    if task.get_config("num_fewshot") or not hasattr(documents, "select"):
+        return False
+    split = task.get_config("test_split") or task.get_config("validation_split")
+    task.dataset[split] = documents.select(chosen)
+    task.set_config("process_docs", None)  # they are processed
+    return True
 
 
 def _leaves(manager, name: str) -> list[str]:
