@@ -27,7 +27,7 @@ from mixprec.store import one_line, write
 DASH = "—"
 _ORDER = [
     "bf16", "low", "tail4", "head4", "tail8", "head8", "random",
-    "weight_error", "output_error", "modelopt", "ours", "fisher", "high",
+    "weight_error", "output_error", "modelopt", "ours", "fisher", "measured_kl", "high",
 ]  # fmt: skip
 
 _ABOUT_PACKAGED_MODEL = (
