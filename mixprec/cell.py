@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 
 from mixprec.architecture import config_of, in_features
@@ -34,6 +35,7 @@ TRACKING_MODES = ("offline", "online", "off")
 TUNING_TOKENS = {"hub": 2048, "packaged": 1024}
 MOST_ITERS = 10_000  # ten times what auto-round's own best recipe takes
 NEEDS = ("budget", "calibration", "seed")
+TAKES = ("target",)
 FIVE_TASKS = ("lambada_openai", "hellaswag", "piqa", "winogrande", "mmlu")
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +81,14 @@ class Baseline:
     rule: str = MISSING  # a module of mixprec.allocate
     bits: Optional[int] = None  # of the scheme that the rule is about, where it is about one
     needs: list[str] = field(default_factory=list)  # of budget, calibration, seed
+    takes: list[str] = field(default_factory=list)  # of TAKES: keys that few baselines can obey
+
+
+@dataclass
+class Target:
+    """What an allocation has to reach with the fewest bits, in place of a budget."""
+
+    kl: Optional[float] = None  # predicted, in nats per token, at most; None: a budget
 
 
 @dataclass
@@ -136,6 +146,7 @@ class Config:
     tuning: Tuning = field(default_factory=Tuning)
     tracking: Tracking = field(default_factory=Tracking)
     budget: Optional[float] = None
+    target: Target = field(default_factory=Target)
     seed: int = 0
     force: bool = False
     profile: bool = False
@@ -165,6 +176,7 @@ class Cell:
     eval: Eval
     tuning: Tuning | None = None  # None: rounded to nearest
     tuning_text: Calibration | None = None  # what it is tuned on
+    target_kl: float | None = None  # predicted nats per token, at most; None: a budget, or neither
 
     @property
     def schemes(self) -> list[Scheme]:
@@ -197,7 +209,10 @@ class Cell:
             "calibration": _text_settings(self.calibration) if self.calibration else None,
             "eval": evaluation,
         }
-        if self.tuning:  # absent from cells without it, whose hash is older than the key
+        # What follows is absent from cells without it, whose hash is older than the key.
+        if self.target_kl is not None:
+            settings["target"] = {"kl": self.target_kl}
+        if self.tuning:
             settings["tuning"] = {
                 "iters": self.tuning.iters,
                 "batch_size": self.tuning.batch_size,
@@ -216,8 +231,13 @@ class Cell:
 
     @property
     def path(self) -> str:
-        """Its folder below `results/`: <eval>/<model>/<options>/<baseline>[-<budget>][-tuned<iters>]."""
+        """Its folder below `results/`: <eval>/<model>/<options>/<baseline>[-<budget>][-tuned<iters>].
+
+        A target stands in the budget's place as kl<nats per token>.
+        """
         budget = "" if self.budget is None else f"-{self.budget:.10g}"
+        if self.target_kl is not None:
+            budget = f"-kl{self.target_kl:.10g}"
         options = self.options.name if self.options else "none"
         tuned = f"-tuned{self.tuning.iters}" if self.tuning else ""
         return f"{self.eval_folder}/{self.model.name}/{options}/{self.baseline.name}{budget}{tuned}"
@@ -278,8 +298,10 @@ def cell_of(cfg: Config) -> Cell:
         _check_group_size(model, options)
         if baseline.bits is not None:
             _check_has_bits(baseline, options)
-    budget = None
-    if "budget" in baseline.needs:
+    budget, target_kl = None, None
+    if cfg.target.kl is not None and not is_bf16:
+        target_kl = _checked_target(cfg.target, cfg.budget, baseline)
+    elif "budget" in baseline.needs:
         budget = _checked_budget(cfg.budget, options)
     elif cfg.budget is not None:
         _positive("budget", cfg.budget)
@@ -309,6 +331,7 @@ def cell_of(cfg: Config) -> Cell:
         eval=evaluation,
         tuning=tuning,
         tuning_text=tuning_text,
+        target_kl=target_kl,
     )
 
 
@@ -385,6 +408,8 @@ def _check_baseline(baseline: Baseline) -> None:
     _one_of("baseline.rule", baseline.rule, rules)
     for need in baseline.needs:
         _one_of("baseline.needs", need, NEEDS)
+    for taken in baseline.takes:
+        _one_of("baseline.takes", taken, TAKES)
 
 
 def _check_eval(evaluation: Eval) -> None:
@@ -473,6 +498,29 @@ def _checked_budget(budget: float | None, options: Options) -> float:
             f"{options.name}: {bits[0]} to {bits[-1]} bits"
         )
     return float(budget)
+
+
+def _checked_target(target: Target, budget: float | None, baseline: Baseline) -> float:
+    _positive("target.kl", target.kl)
+    key = f"target.kl={target.kl:g}"
+    if "target" not in baseline.takes:
+        raise ConfigError(
+            f"{key}: baseline={baseline.name} predicts no KL; accepted with it: "
+            f"{', '.join(baselines_that_take('target'))}"
+        )
+    if budget is not None:
+        raise ConfigError(
+            f"{key}: it takes the place of a budget, here {budget:g}; accepted with it: budget=null"
+        )
+    return float(target.kl)
+
+
+def baselines_that_take(key: str) -> list[str]:
+    """Names of the baselines in conf/baseline/ that obey `key`, one of TAKES."""
+    found = {}
+    for file in sorted((_ROOT / "conf/baseline").glob("*.yaml")):
+        found[file.stem] = yaml.safe_load(file.read_text(encoding="utf-8")).get("takes") or []
+    return [name for name, takes in found.items() if key in takes]
 
 
 def _check_group_size(model: Model, options: Options) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ class Row:
         if name["name"] == "bf16":
             return "BF16"
         tuned = f", tuned {self.config['tuning']['iters']}" if "tuning" in self.config else ""
+        if "target" in self.config:
+            return f"{name['name']}, predicted KL ≤ {self.config['target']['kl']:.10g}{tuned}"
         if budget is None:
             scheme = options["schemes"][0 if name["name"] == "low" else -1]
             return f"{name['name']} ({scheme}){tuned}"
@@ -122,6 +125,7 @@ def frame(rows: list[Row], stored: dict[str, Row]) -> pd.DataFrame:
             "options": row.group[1],
             "baseline": row.config["baseline"]["name"],
             "budget": row.config["budget"],
+            "target_kl": row.config.get("target", {}).get("kl", math.nan),
             "path": row.path,
             "reason": row.reason,
         }
@@ -129,7 +133,7 @@ def frame(rows: list[Row], stored: dict[str, Row]) -> pd.DataFrame:
     table = pd.DataFrame(lines)
     order = {name: place for place, name in enumerate(_ORDER)}
     table["_order"] = table.baseline.map(lambda name: order.get(name, len(order)))
-    table = table.sort_values(["eval", "model", "_order", "budget"], ignore_index=True)
+    table = table.sort_values(["eval", "model", "_order", "budget", "target_kl"], ignore_index=True)
     return table.drop(columns="_order")
 
 

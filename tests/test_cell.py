@@ -1,5 +1,6 @@
 """What a cell is identified by, and what is refused before anything is loaded."""
 
+import json
 import subprocess
 import sys
 
@@ -35,6 +36,29 @@ def test_what_a_baseline_does_not_need_is_not_part_of_it():
     assert cell("baseline=random", "seed=1").hash != cell("baseline=random", "seed=2").hash
 
 
+def test_what_is_stored_keeps_its_hash():
+    """A new key is absent from the settings of cells without it."""
+    files = sorted((ROOT / "results/five-250/smollm2_135m").glob("*/*/result.json"))
+    for file in files:
+        stored = json.loads(file.read_text())
+        name, _, budget = file.parent.name.partition("-")
+        overrides = [f"baseline={name}", "eval.limit=250"]
+        if stored["config"]["options"]:
+            overrides += [f"options={stored['config']['options']['name']}"]
+        one = cell(*overrides, f"budget={budget or 'null'}")
+        assert one.settings == stored["config"] and one.hash == stored["hash"]
+    assert len(files) > 5
+
+
+def test_a_target_stands_in_the_budgets_place():
+    one = cell("baseline=fisher", "budget=null", "target.kl=0.30")
+    assert one.path.endswith("/mxfp4_mxfp8/fisher-kl0.3") and one.budget is None
+    assert one.settings["target"] == {"kl": 0.3}
+    assert one.hash != cell("baseline=fisher", "budget=null", "target.kl=0.2").hash
+    bf16 = cell("baseline=bf16", "budget=null", "target.kl=0.3")
+    assert bf16.hash == cell("baseline=bf16").hash
+
+
 def test_two_folders_of_one_name_are_two_models(tmp_path):
     names = set()
     for parent in ("a", "b"):
@@ -56,6 +80,13 @@ REFUSED = {
     "budget=8.1": "accepted with options mxfp4_mxfp8: 4 to 8 bits",
     "budget=nan": "accepted with options mxfp4_mxfp8: 4 to 8 bits",
     "budget=null": "accepted with options mxfp4_mxfp8: 4 to 8 bits",
+    "baseline=ours budget=null target.kl=0.3": "target.kl=0.3: baseline=ours predicts no KL; accepted with it: fisher, measured_kl",
+    "baseline=low target.kl=0.3": "baseline=low predicts no KL; accepted with it: fisher, measured_kl",
+    "baseline=fisher target.kl=0.3": "takes the place of a budget, here 5; accepted with it: budget=null",
+    "baseline=fisher budget=null target.kl=0": "target.kl=0: accepted: a number greater than 0",
+    "baseline=fisher budget=null target.kl=nan": "target.kl=nan: accepted: a number greater than 0",
+    "target=0.3": "target",
+    "baseline.takes=[x]": "baseline.takes=x: accepted: target",
     "budget=five": "budget: Value 'five' of type 'str' could not be converted to Float",
     "options=w2g64_w4g64 budget=3 baseline=head8": "no 8-bit scheme above their lowest; accepted with them: head4, tail4",
     "baseline=head4": "no 4-bit scheme above their lowest; accepted with them: head8, tail8",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, CACHE, cell, run, tiny_overrides
 
-from mixprec import models
+from mixprec import models, tables
 from mixprec.allocate import Request, allocate, backward, fisher, modelopt, output_error, scores
 from mixprec.allocate import weight_error as weight_error_rule
 from mixprec.cell import ConfigError
@@ -198,11 +198,13 @@ def test_a_cell_stores_what_was_predicted(tiny, tmp_path, low_memory):
     assert 0.3 < result["notes"]["predicted_kl"] / result["kl"]["mean"] < 3
 
 
-def asked(folder, cache, notes, baseline="fisher"):
+def asked(folder, cache, notes, baseline="fisher", **more):
     one = cell(*tiny_overrides(folder), f"baseline={baseline}", "budget=5")
     reference, layers = loaded(folder)
     note = notes.__setitem__
-    request = Request(one.baseline, None, one.model, one.calibration, cache, note, reference)
+    request = Request(
+        one.baseline, None, one.model, one.calibration, cache, note, reference, **more
+    )
     return layers, one.schemes, request
 
 
@@ -234,6 +236,47 @@ def test_scores_are_made_once_and_serve_every_budget(tiny, cache, monkeypatch):
     assert (table.stderr > 0).all() and (table.score > 0).all()
     assert notes["predicted_kl_stderr"] > 0
     assert predicted[0] == pytest.approx(table.score[table.option == "mxfp4"].sum())
+
+
+def test_a_target_is_reached_with_the_fewest_bits(tiny, cache):
+    notes, bits = {}, []
+    for target in (10.0, 0.08, 0.05, 0.02):
+        layers, schemes, request = asked(tiny["qwen3"], cache, notes, target_kl=target)
+        allocation = allocate(layers, schemes, None, request)
+        bits.append(realised_bits(layers, allocation))
+        predicted = notes["predicted_kl"]
+        assert predicted <= target * (1 + 1e-9)
+        # The best that fewer bits can do misses the target.
+        _, _, budgeted = asked(tiny["qwen3"], cache, notes)
+        if bits[-1] > 4:
+            allocate(layers, schemes, bits[-1] - 1e-3, budgeted)
+            assert notes["predicted_kl"] > target
+    assert bits == sorted(bits) and bits[0] == 4 < bits[1] < bits[-1]
+
+
+def test_a_target_out_of_reach_names_what_is_within(tiny, cache):
+    notes = {}
+    layers, schemes, request = asked(tiny["qwen3"], cache, notes, target_kl=1e-9)
+    with pytest.raises(ConfigError, match=r"^target\.kl=1e-09: accepted .* or more") as raised:
+        allocate(layers, schemes, None, request)
+    smallest = float(str(raised.value).split(": ")[2].split()[0])
+    _, _, request = asked(tiny["qwen3"], cache, notes, target_kl=smallest)
+    assert realised_bits(layers, allocate(layers, schemes, None, request)) <= 8
+    assert notes["predicted_kl"] == pytest.approx(smallest, rel=1e-4)
+
+
+def test_a_cell_with_a_target_is_stored_and_tabulated(tiny, tmp_path):
+    overrides = [*tiny_overrides(tiny["qwen3"]), "baseline=fisher", "budget=null", "target.kl=0.05"]
+    outcome = run(tmp_path, *overrides)
+    assert outcome.state == "done", outcome.message
+    result = json.loads((tmp_path / outcome.cell.path / "result.json").read_text())
+    assert result["config"]["budget"] is None and result["config"]["target"] == {"kl": 0.05}
+    assert result["notes"]["predicted_kl"] <= 0.05 and 4 < result["realised_bits"] < 8
+    assert run(tmp_path, *overrides).state == "stored"
+    stored, _ = tables.read(tmp_path)
+    table = tables.frame(list(stored.values()), stored)
+    assert list(table.row) == ["fisher, predicted KL ≤ 0.05"] and list(table.target_kl) == [0.05]
+    assert "predicted KL ≤ 0.05" in tables.markdown("all", table, stored)
 
 
 def _allocate_apart(folder, cache, results):

@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from mixprec import data, models
 from mixprec.allocate import knapsack
-from mixprec.cell import digest
+from mixprec.cell import ConfigError, digest
 
 VERSION = 1  # raised whenever a signal means something else than before
 
@@ -28,11 +28,19 @@ VERSION = 1  # raised whenever a signal means something else than before
 def minimise(
     layers, schemes, budget, request, signal: str, score: Callable
 ) -> tuple[dict[str, str], float, float | None]:
-    """The allocation with the smallest sum of scores within the budget, that sum, its standard error."""
+    """The allocation with the smallest sum of scores within the budget, that sum, its standard error.
+
+    With a target in the budget's place: that of the fewest bits whose sum is at most the target. Raises
+    ConfigError if nothing reaches it.
+    """
     table = stored(layers, schemes, request, signal, score)
     values = table.score.to_numpy().reshape(len(layers), len(schemes))
     weights, bits = [layer.weights for layer in layers], [scheme.bits for scheme in schemes]
-    chosen = knapsack.solve(values, weights, bits, budget)
+    if request.target_kl is None:
+        chosen = knapsack.solve(values, weights, bits, budget)
+    else:
+        _check_reachable(request.target_kl, values.min(1).sum(), signal)
+        chosen = knapsack.fewest_bits(values, weights, bits, request.target_kl)
     allocation = {
         layer.name: schemes[option].name for layer, option in zip(layers, chosen, strict=True)
     }
@@ -41,6 +49,15 @@ def minimise(
     n = len(sums)
     stderr = None if n == 1 else float(sums.std(ddof=1) / math.sqrt(n))
     return allocation, float(sums.mean()), stderr
+
+
+def _check_reachable(target: float, smallest: float, signal: str) -> None:
+    if target < smallest:
+        # A little more than the smallest, so that what is printed is accepted.
+        raise ConfigError(
+            f"target.kl={target:g}: accepted with these options: {1.00001 * smallest:.6g} or more, "
+            f"the smallest KL that {signal} predicts, with every layer's best option"
+        )
 
 
 def stored(layers, schemes, request, signal: str, score: Callable) -> pd.DataFrame:
