@@ -35,7 +35,7 @@ TRACKING_MODES = ("offline", "online", "off")
 TUNING_TOKENS = {"hub": 2048, "packaged": 1024}
 MOST_ITERS = 10_000  # ten times what auto-round's own best recipe takes
 NEEDS = ("budget", "calibration", "seed")
-TAKES = ("target",)
+TAKES = ("target", "fused")
 FIVE_TASKS = ("lambada_openai", "hellaswag", "piqa", "winogrande", "mmlu")
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -147,6 +147,7 @@ class Config:
     tracking: Tracking = field(default_factory=Tracking)
     budget: Optional[float] = None
     target: Target = field(default_factory=Target)
+    fused: bool = False
     seed: int = 0
     force: bool = False
     profile: bool = False
@@ -177,6 +178,7 @@ class Cell:
     tuning: Tuning | None = None  # None: rounded to nearest
     tuning_text: Calibration | None = None  # what it is tuned on
     target_kl: float | None = None  # predicted nats per token, at most; None: a budget, or neither
+    fused: bool = False  # q, k, v of an attention share a scheme, and gate, up of an MLP
 
     @property
     def schemes(self) -> list[Scheme]:
@@ -212,6 +214,8 @@ class Cell:
         # What follows is absent from cells without it, whose hash is older than the key.
         if self.target_kl is not None:
             settings["target"] = {"kl": self.target_kl}
+        if self.fused:
+            settings["fused"] = True
         if self.tuning:
             settings["tuning"] = {
                 "iters": self.tuning.iters,
@@ -231,16 +235,18 @@ class Cell:
 
     @property
     def path(self) -> str:
-        """Its folder below `results/`: <eval>/<model>/<options>/<baseline>[-<budget>][-tuned<iters>].
+        """Its folder below `results/`.
 
-        A target stands in the budget's place as kl<nats per token>.
+        <eval>/<model>/<options>/<baseline>[-<budget> or -kl<target>][-fused][-tuned<iters>]
         """
         budget = "" if self.budget is None else f"-{self.budget:.10g}"
         if self.target_kl is not None:
             budget = f"-kl{self.target_kl:.10g}"
         options = self.options.name if self.options else "none"
+        fused = "-fused" if self.fused else ""
         tuned = f"-tuned{self.tuning.iters}" if self.tuning else ""
-        return f"{self.eval_folder}/{self.model.name}/{options}/{self.baseline.name}{budget}{tuned}"
+        name = f"{self.baseline.name}{budget}{fused}{tuned}"
+        return f"{self.eval_folder}/{self.model.name}/{options}/{name}"
 
     @property
     def reference_path(self) -> str:
@@ -305,6 +311,13 @@ def cell_of(cfg: Config) -> Cell:
         budget = _checked_budget(cfg.budget, options)
     elif cfg.budget is not None:
         _positive("budget", cfg.budget)
+    # A rule without a budget gives all layers one scheme: fused or not is the same.
+    fused = cfg.fused and "budget" in baseline.needs
+    if fused and "fused" not in baseline.takes:
+        raise ConfigError(
+            f"fused=true: baseline={baseline.name} gives each layer a scheme of its own; accepted "
+            f"with it: {', '.join(baselines_that_take('fused'))}"
+        )
     calibration = None
     if "calibration" in baseline.needs:
         calibration = cfg.calibration
@@ -332,6 +345,7 @@ def cell_of(cfg: Config) -> Cell:
         tuning=tuning,
         tuning_text=tuning_text,
         target_kl=target_kl,
+        fused=fused,
     )
 
 

@@ -61,14 +61,15 @@ class Row:
         name, budget, options = (self.config[key] for key in ("baseline", "budget", "options"))
         if name["name"] == "bf16":
             return "BF16"
-        tuned = f", tuned {self.config['tuning']['iters']}" if "tuning" in self.config else ""
+        how = ", fused" if "fused" in self.config else ""
+        how += f", tuned {self.config['tuning']['iters']}" if "tuning" in self.config else ""
         if "target" in self.config:
-            return f"{name['name']}, predicted KL ≤ {self.config['target']['kl']:.10g}{tuned}"
+            return f"{name['name']}, predicted KL ≤ {self.config['target']['kl']:.10g}{how}"
         if budget is None:
             scheme = options["schemes"][0 if name["name"] == "low" else -1]
-            return f"{name['name']} ({scheme}){tuned}"
+            return f"{name['name']} ({scheme}){how}"
         seed = f" (seed {self.config['seed']})" if self.config["seed"] else ""
-        return f"{name['name']} {budget:.10g}-bit{seed}{tuned}"
+        return f"{name['name']} {budget:.10g}-bit{seed}{how}"
 
     @property
     def group(self) -> tuple[str, str]:

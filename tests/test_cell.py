@@ -59,6 +59,16 @@ def test_a_target_stands_in_the_budgets_place():
     assert bf16.hash == cell("baseline=bf16").hash
 
 
+def test_fused_is_part_of_a_cell_where_it_makes_a_difference():
+    one = cell("baseline=fisher", "fused=true")
+    assert one.path.endswith("/fisher-5-fused") and one.settings["fused"] is True
+    assert one.hash != cell("baseline=fisher").hash
+    both = cell("baseline=fisher", "fused=true", "budget=null", "target.kl=1", "tuning.iters=200")
+    assert both.path.endswith("/fisher-kl1-fused-tuned200")
+    for name in ("bf16", "low", "high"):
+        assert cell(f"baseline={name}", "fused=true").hash == cell(f"baseline={name}").hash
+
+
 def test_two_folders_of_one_name_are_two_models(tmp_path):
     names = set()
     for parent in ("a", "b"):
@@ -86,7 +96,10 @@ REFUSED = {
     "baseline=fisher budget=null target.kl=0": "target.kl=0: accepted: a number greater than 0",
     "baseline=fisher budget=null target.kl=nan": "target.kl=nan: accepted: a number greater than 0",
     "target=0.3": "target",
-    "baseline.takes=[x]": "baseline.takes=x: accepted: target",
+    "baseline.takes=[x]": "baseline.takes=x: accepted: target, fused",
+    "baseline=ours fused=true": "baseline=ours gives each layer a scheme of its own; accepted with it: fisher, measured_kl, modelopt",
+    "baseline=head8 fused=true": "fused=true: baseline=head8 gives each layer",
+    "fused=maybe": "fused",
     "budget=five": "budget: Value 'five' of type 'str' could not be converted to Float",
     "options=w2g64_w4g64 budget=3 baseline=head8": "no 8-bit scheme above their lowest; accepted with them: head4, tail4",
     "baseline=head4": "no 4-bit scheme above their lowest; accepted with them: head8, tail8",

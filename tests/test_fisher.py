@@ -1,5 +1,6 @@
 """Scores are the formula's numbers, the formula is the Fisher quadratic form, and that predicts KL."""
 
+import itertools
 import json
 import multiprocessing
 
@@ -12,7 +13,7 @@ from mixprec import models, tables
 from mixprec.allocate import Request, allocate, backward, fisher, modelopt, output_error, scores
 from mixprec.allocate import weight_error as weight_error_rule
 from mixprec.cell import ConfigError
-from mixprec.evaluate import kl
+from mixprec.evaluate import kl, vllm
 from mixprec.quantize import InMemory
 from mixprec.schemes import BF16, SCHEMES, realised_bits
 
@@ -277,6 +278,46 @@ def test_a_cell_with_a_target_is_stored_and_tabulated(tiny, tmp_path):
     table = tables.frame(list(stored.values()), stored)
     assert list(table.row) == ["fisher, predicted KL ≤ 0.05"] and list(table.target_kl) == [0.05]
     assert "predicted KL ≤ 0.05" in tables.markdown("all", table, stored)
+
+
+def test_fused_linears_share_a_scheme_and_it_is_the_best_such_allocation(tiny, cache, tmp_path):
+    """Of a whole model against untied; of one block against every allocation that is tied so."""
+    (apart := tmp_path / "apart").mkdir()
+    (apart / "documents").symlink_to(CACHE / "documents")
+    notes = {}
+    layers, schemes, request = asked(tiny["llama"], cache, notes, fused=True)
+    _, _, free = asked(tiny["llama"], cache, notes)
+    block = [layer for layer in layers if ".layers.1." in layer.name]
+    groups = ["qkv", "o", "gu", "down"]
+    group_of = {
+        "q": "qkv",
+        "k": "qkv",
+        "v": "qkv",
+        "o": "o",
+        "gate": "gu",
+        "up": "gu",
+        "down": "down",
+    }
+    for budget in (4.3, 5.0, 6.0):
+        tied = allocate(layers, schemes, budget, request)
+        predicted = notes["predicted_kl"]
+        assert vllm.refusal(tied) is None and realised_bits(layers, tied) <= budget
+        untied = allocate(layers, schemes, budget, free)
+        assert predicted >= notes["predicted_kl"]
+        assert vllm.refusal(untied) is not None  # or the test would show nothing
+
+        _, _, of_block = asked(tiny["llama"], apart, notes, fused=True)
+        found = allocate(block, schemes, budget, of_block)
+        (file,) = apart.glob("scores/*/scores.parquet")
+        score = scores.pd.read_parquet(file).set_index(["layer", "option"]).score
+        sums = []
+        for options in itertools.product(["mxfp4", "mxfp8"], repeat=len(groups)):
+            of_group = dict(zip(groups, options, strict=True))
+            each = {la.name: of_group[group_of[la.name.split(".")[-1][:-5]]] for la in block}
+            if realised_bits(block, each) <= budget:
+                sums.append(sum(score[item] for item in each.items()))
+        assert notes["predicted_kl"] == pytest.approx(min(sums))
+        assert sum(score[item] for item in found.items()) == pytest.approx(min(sums))
 
 
 def _allocate_apart(folder, cache, results):

@@ -39,9 +39,8 @@ class Request:
     cache: Path | None = None
     note: Callable[[str, object], None] = lambda key, value: None  # into result.json's `notes`
     reference: torch.nn.Module | None = None  # the unquantized model; None if loads_a_copy
-    target_kl: float | None = (
-        None  # predicted nats per token that are to be reached; None: a budget
-    )
+    target_kl: float | None = None  # predicted, in nats per token, to be reached; None: a budget
+    fused: bool = False  # linears that kernels fuse get one scheme
 
 
 def allocate(

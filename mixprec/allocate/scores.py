@@ -21,6 +21,8 @@ from filelock import FileLock
 from mixprec import data, models
 from mixprec.allocate import knapsack
 from mixprec.cell import ConfigError, digest
+from mixprec.evaluate.vllm import FUSED
+from mixprec.schemes import Layer
 
 VERSION = 1  # raised whenever a signal means something else than before
 
@@ -34,21 +36,37 @@ def minimise(
     ConfigError if nothing reaches it.
     """
     table = stored(layers, schemes, request, signal, score)
-    values = table.score.to_numpy().reshape(len(layers), len(schemes))
-    weights, bits = [layer.weights for layer in layers], [scheme.bits for scheme in schemes]
+    samples = np.stack(table.per_sequence).reshape(len(layers), len(schemes), -1)
+    groups = fused(layers) if request.fused else [[place] for place in range(len(layers))]
+    of_layers = table.score.to_numpy().reshape(len(layers), len(schemes))
+    values = np.stack([of_layers[group].sum(0) for group in groups])
+    weights = [sum(layers[place].weights for place in group) for group in groups]
+    bits = [scheme.bits for scheme in schemes]
     if request.target_kl is None:
         chosen = knapsack.solve(values, weights, bits, budget)
     else:
         _check_reachable(request.target_kl, values.min(1).sum(), signal)
         chosen = knapsack.fewest_bits(values, weights, bits, request.target_kl)
-    allocation = {
-        layer.name: schemes[option].name for layer, option in zip(layers, chosen, strict=True)
-    }
-    samples = np.stack(table.per_sequence).reshape(*values.shape, -1)
-    sums = samples[np.arange(len(layers)), chosen].sum(0)
+    option = {place: best for group, best in zip(groups, chosen, strict=True) for place in group}
+    allocation = {layer.name: schemes[option[place]].name for place, layer in enumerate(layers)}
+    sums = sum(samples[place, best] for place, best in option.items())
     n = len(sums)
     stderr = None if n == 1 else float(sums.std(ddof=1) / math.sqrt(n))
     return allocation, float(sums.mean()), stderr
+
+
+def fused(layers: list[Layer]) -> list[list[int]]:
+    """Places of the layers that inference kernels run as one, and of every other layer alone.
+
+    Siblings under one module that are named as FUSED has it: q, k and v of one attention, gate and up
+    of one MLP or of one expert.
+    """
+    groups: dict[tuple[str, str], list[int]] = {}
+    for place, layer in enumerate(layers):
+        parent, _, own = layer.name.rpartition(".")
+        together = next((names[0] for names in FUSED if own in names), own)
+        groups.setdefault((parent, together), []).append(place)
+    return list(groups.values())
 
 
 def _check_reachable(target: float, smallest: float, signal: str) -> None:
