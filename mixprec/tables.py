@@ -26,7 +26,7 @@ from mixprec.published import Printed, PrintedRow
 from mixprec.store import one_line, write
 
 DASH = "—"
-_ORDER = [
+ORDER = [
     "bf16", "low", "tail4", "head4", "tail8", "head8", "random",
     "weight_error", "output_error", "modelopt", "ours", "fisher", "measured_kl", "high",
 ]  # fmt: skip
@@ -132,7 +132,7 @@ def frame(rows: list[Row], stored: dict[str, Row]) -> pd.DataFrame:
         }
         lines.append(line | _numbers(row, stored))
     table = pd.DataFrame(lines)
-    order = {name: place for place, name in enumerate(_ORDER)}
+    order = {name: place for place, name in enumerate(ORDER)}
     table["_order"] = table.baseline.map(lambda name: order.get(name, len(order)))
     table = table.sort_values(["eval", "model", "_order", "budget", "target_kl"], ignore_index=True)
     return table.drop(columns="_order")
