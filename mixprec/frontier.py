@@ -106,14 +106,12 @@ def figure(curves: dict[str, pd.DataFrame], points: pd.DataFrame, title: str, fi
         colour = predicted.COLOURS[place // 2 % len(predicted.COLOURS)]
         axes.plot(curve.bits, curve.kl, style, color=colour, linewidth=1.2, label=name)
     for name, cells in points.groupby("name", sort=False):
-        marker, colour = predicted.style(name)
         axes.errorbar(
-            cells.bits, cells.kl, cells.stderr.astype(float), fmt=marker, color=colour,
-            markersize=6, markeredgecolor="black", markeredgewidth=0.5, capsize=2, label=name,
-        )  # fmt: skip
+            cells.bits, cells.kl, cells.stderr.astype(float), label=name, **predicted.style(name)
+        )
     axes.set_xlabel("average bits per quantized weight, scales not counted")
     axes.set_ylabel("KL to BF16, nats per token")
-    axes.set_yscale("log")
+    predicted.logarithmic(axes.yaxis)
     predicted.save(fig, axes, file)
 
 

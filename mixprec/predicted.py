@@ -7,6 +7,7 @@ other text, so their errors are independent.
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,7 @@ from mixprec.store import write
 FUSED = ", fused"
 # Okabe and Ito's colours, which tell apart for the colour-blind, without the yellow that white hides.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
-MARKERS = "osD^v<>pPX*hd"
+MARKERS = "osD^v<>pPX*hd8"
 
 
 def rule_of(config: dict) -> str:
@@ -164,12 +165,28 @@ def axes(title: str):
     return fig, axes
 
 
-def style(name: str) -> tuple[str, str]:
-    """(marker, colour) of a rule: the same in every figure."""
-    baseline = name.split(",")[0].split(" ")[0]
-    known = [*tables.ORDER, baseline]
-    place = known.index(baseline)
-    return MARKERS[place % len(MARKERS)], COLOURS[(place + (FUSED in name)) % len(COLOURS)]
+def style(name: str) -> dict:
+    """How a rule's points look, the same in every figure; hollow if fused."""
+    baseline = re.split(r"[, ]", name)[0]
+    place = [*tables.ORDER, baseline].index(baseline)
+    colour = COLOURS[place % len(COLOURS)]
+    return {
+        "fmt": MARKERS[place % len(MARKERS)],
+        "color": colour,
+        "markerfacecolor": "white" if FUSED in name else colour,
+        "markersize": 6,
+        "capsize": 2,
+    }
+
+
+def logarithmic(axis) -> None:
+    """A logarithmic axis whose ticks are read without powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save(fig, axes, file: Path) -> None:
@@ -183,18 +200,21 @@ def save(fig, axes, file: Path) -> None:
 def figure(frame: pd.DataFrame, title: str, file: Path) -> None:
     """Measured against predicted, both with one standard error; the line is where they are equal."""
     fig, ax = axes(f"{title}: KL to BF16, nats per token")
+    sets = list(dict.fromkeys(frame.options))
     for (rule, options), group in frame.groupby(["rule", "options"], sort=False):
-        marker, colour = style(rule)
+        colour = COLOURS[sets.index(options) % len(COLOURS)]
+        look = style(rule) | {"color": colour}
+        if look["markerfacecolor"] != "white":
+            look["markerfacecolor"] = colour
         ax.errorbar(
             group.predicted, group.measured, group.measured_stderr.astype(float),
-            group.predicted_stderr.astype(float), fmt=marker, color=colour, capsize=2,
-            markeredgecolor="black", markeredgewidth=0.5, label=f"{rule}, {options}",
+            group.predicted_stderr.astype(float), label=f"{rule}, {options}", **look,
         )  # fmt: skip
     both = [*frame.predicted, *frame.measured]
     ends = [min(both), max(both)]
     ax.plot(ends, ends, color="grey", linewidth=1, label="equal")
-    ax.set_xscale("log")
-    ax.set_yscale("log")
+    logarithmic(ax.xaxis)
+    logarithmic(ax.yaxis)
     ax.set_xlabel("predicted")
     ax.set_ylabel("measured")
     save(fig, ax, file)

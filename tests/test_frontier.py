@@ -53,18 +53,20 @@ def test_a_frontier_is_exact_falls_and_is_nearly_convex(stored):
     assert kl[20] < (kl[0] + kl[40]) / 2  # and it bends the right way
 
 
-def test_fused_layers_cost_and_bf16_does_not_harm(stored):
+def test_fused_layers_cost_and_bf16_does_not_harm(stored, monkeypatch):
     _, scored = stored
+    monkeypatch.setattr(frontier, "STEP", 0.25)
     plain = frontier.solved(scored, ["mxfp4", "mxfp8"])
     tied = frontier.solved(scored, ["mxfp4", "mxfp8"], tied=True)
     more = frontier.solved(scored, ["mxfp4", "mxfp8", "bf16"])
     assert (tied.kl >= plain.kl - 1e-12).all() and (tied.kl > plain.kl + 1e-6).any()
-    assert len(more) == 241 and more.kl.iloc[-1] == 0
-    assert (more.kl[:81] <= plain.kl + 1e-12).all()
+    assert len(more) == 49 and more.kl.iloc[-1] == 0
+    assert (more.kl[:17] <= plain.kl + 1e-12).all()
 
 
 def test_it_writes_a_figure_and_its_numbers_without_a_model(stored, monkeypatch, capsys):
     results, scored = stored
+    monkeypatch.setattr(frontier, "STEP", 0.5)
     monkeypatch.setattr(models, "load", None)
     monkeypatch.setattr(scores, "stored", None)
     assert frontier.main(["--results", str(results), "--cache", str(CACHE)]) == 0
@@ -98,7 +100,10 @@ def test_the_same_numbers_are_the_same_figure(tmp_path):
 
 def test_every_baseline_has_a_look_of_its_own():
     names = [file.stem for file in sorted((ROOT / "conf/baseline").glob("*.yaml"))]
-    assert len({predicted.style(name) for name in names}) == len(names)
+    looks = [predicted.style(name) for name in names]
+    assert len({look["fmt"] for look in looks}) == len(names)
+    fused = predicted.style("fisher, fused (five-50)")
+    assert fused != predicted.style("fisher") and fused["fmt"] == predicted.style("fisher")["fmt"]
     assert set(names) == set(predicted.tables.ORDER)
 
 
