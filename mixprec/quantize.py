@@ -127,9 +127,10 @@ def tuned_weights(
     """
     with _auto_round(model, tokenizer, allocation, tuning, low_memory) as compressor:
         quantized, _ = compressor.quantize()
-    return {
-        name: quantized.get_submodule(name).orig_layer.weight.data.to("cpu", torch.bfloat16)
-        for name in allocation
+    modules = {name: quantized.get_submodule(name) for name in allocation}
+    return {  # a layer in bf16 is not wrapped
+        name: getattr(module, "orig_layer", module).weight.data.to("cpu", torch.bfloat16)
+        for name, module in modules.items()
     }
 
 
@@ -217,6 +218,8 @@ def came_back(model: torch.nn.Module, allocation: dict[str, str]) -> str:
     kernels = set()
     for name, scheme_name in allocation.items():
         module, scheme = model.get_submodule(name), scheme_named(scheme_name)
+        if scheme is BF16 and type(module) is torch.nn.Linear:
+            continue
         found = getattr(module, "bits", None), getattr(module, "group_size", None)
         if found != (scheme.bits, scheme.group_size):
             raise RuntimeError(

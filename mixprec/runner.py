@@ -89,7 +89,7 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
             layers, cell.schemes, cell.budget,
             Request(
                 cell.baseline, cell.seed, cell.model, cell.calibration, cache,
-                notes.__setitem__, model,
+                notes.__setitem__, model, cell.target_kl, cell.fused,
             ),
         )  # fmt: skip
     if cell.model.low_memory and (cell.exports or cell.tuning):

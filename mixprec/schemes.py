@@ -32,7 +32,12 @@ class Scheme:
 
     @property
     def family(self) -> str:
-        """What can share one model: `mx` is rounded in memory, `int` is exported and reloaded."""
+        """What can share one model: `mx` is rounded in memory, `int` is exported and reloaded.
+
+        `none` is BF16, which both can hold.
+        """
+        if self.preset == "BF16":
+            return "none"
         return "mx" if self.preset.startswith("MX") else "int"
 
 

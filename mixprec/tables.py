@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -25,9 +26,9 @@ from mixprec.published import Printed, PrintedRow
 from mixprec.store import one_line, write
 
 DASH = "—"
-_ORDER = [
+ORDER = [
     "bf16", "low", "tail4", "head4", "tail8", "head8", "random",
-    "weight_error", "output_error", "modelopt", "ours", "fisher", "high",
+    "weight_error", "output_error", "modelopt", "ours", "fisher", "measured_kl", "high",
 ]  # fmt: skip
 
 _ABOUT_PACKAGED_MODEL = (
@@ -60,12 +61,15 @@ class Row:
         name, budget, options = (self.config[key] for key in ("baseline", "budget", "options"))
         if name["name"] == "bf16":
             return "BF16"
-        tuned = f", tuned {self.config['tuning']['iters']}" if "tuning" in self.config else ""
+        how = ", fused" if "fused" in self.config else ""
+        how += f", tuned {self.config['tuning']['iters']}" if "tuning" in self.config else ""
+        if "target" in self.config:
+            return f"{name['name']}, predicted KL ≤ {self.config['target']['kl']:.10g}{how}"
         if budget is None:
             scheme = options["schemes"][0 if name["name"] == "low" else -1]
-            return f"{name['name']} ({scheme}){tuned}"
+            return f"{name['name']} ({scheme}){how}"
         seed = f" (seed {self.config['seed']})" if self.config["seed"] else ""
-        return f"{name['name']} {budget:.10g}-bit{seed}{tuned}"
+        return f"{name['name']} {budget:.10g}-bit{seed}{how}"
 
     @property
     def group(self) -> tuple[str, str]:
@@ -122,14 +126,15 @@ def frame(rows: list[Row], stored: dict[str, Row]) -> pd.DataFrame:
             "options": row.group[1],
             "baseline": row.config["baseline"]["name"],
             "budget": row.config["budget"],
+            "target_kl": row.config.get("target", {}).get("kl", math.nan),
             "path": row.path,
             "reason": row.reason,
         }
         lines.append(line | _numbers(row, stored))
     table = pd.DataFrame(lines)
-    order = {name: place for place, name in enumerate(_ORDER)}
+    order = {name: place for place, name in enumerate(ORDER)}
     table["_order"] = table.baseline.map(lambda name: order.get(name, len(order)))
-    table = table.sort_values(["eval", "model", "_order", "budget"], ignore_index=True)
+    table = table.sort_values(["eval", "model", "_order", "budget", "target_kl"], ignore_index=True)
     return table.drop(columns="_order")
 
 

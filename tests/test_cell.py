@@ -1,5 +1,6 @@
 """What a cell is identified by, and what is refused before anything is loaded."""
 
+import json
 import subprocess
 import sys
 
@@ -35,6 +36,39 @@ def test_what_a_baseline_does_not_need_is_not_part_of_it():
     assert cell("baseline=random", "seed=1").hash != cell("baseline=random", "seed=2").hash
 
 
+def test_what_is_stored_keeps_its_hash():
+    """A new key is absent from the settings of cells without it."""
+    files = sorted((ROOT / "results/five-250/smollm2_135m").glob("*/*/result.json"))
+    for file in files:
+        stored = json.loads(file.read_text())
+        name, _, budget = file.parent.name.partition("-")
+        overrides = [f"baseline={name}", "eval.limit=250"]
+        if stored["config"]["options"]:
+            overrides += [f"options={stored['config']['options']['name']}"]
+        one = cell(*overrides, f"budget={budget or 'null'}")
+        assert one.settings == stored["config"] and one.hash == stored["hash"]
+    assert len(files) > 5
+
+
+def test_a_target_stands_in_the_budgets_place():
+    one = cell("baseline=fisher", "budget=null", "target.kl=0.30")
+    assert one.path.endswith("/mxfp4_mxfp8/fisher-kl0.3") and one.budget is None
+    assert one.settings["target"] == {"kl": 0.3}
+    assert one.hash != cell("baseline=fisher", "budget=null", "target.kl=0.2").hash
+    bf16 = cell("baseline=bf16", "budget=null", "target.kl=0.3")
+    assert bf16.hash == cell("baseline=bf16").hash
+
+
+def test_fused_is_part_of_a_cell_where_it_makes_a_difference():
+    one = cell("baseline=fisher", "fused=true")
+    assert one.path.endswith("/fisher-5-fused") and one.settings["fused"] is True
+    assert one.hash != cell("baseline=fisher").hash
+    both = cell("baseline=fisher", "fused=true", "budget=null", "target.kl=1", "tuning.iters=200")
+    assert both.path.endswith("/fisher-kl1-fused-tuned200")
+    for name in ("bf16", "low", "high"):
+        assert cell(f"baseline={name}", "fused=true").hash == cell(f"baseline={name}").hash
+
+
 def test_two_folders_of_one_name_are_two_models(tmp_path):
     names = set()
     for parent in ("a", "b"):
@@ -56,6 +90,16 @@ REFUSED = {
     "budget=8.1": "accepted with options mxfp4_mxfp8: 4 to 8 bits",
     "budget=nan": "accepted with options mxfp4_mxfp8: 4 to 8 bits",
     "budget=null": "accepted with options mxfp4_mxfp8: 4 to 8 bits",
+    "baseline=ours budget=null target.kl=0.3": "target.kl=0.3: baseline=ours predicts no KL; accepted with it: fisher, measured_kl",
+    "baseline=low target.kl=0.3": "baseline=low predicts no KL; accepted with it: fisher, measured_kl",
+    "baseline=fisher target.kl=0.3": "takes the place of a budget, here 5; accepted with it: budget=null",
+    "baseline=fisher budget=null target.kl=0": "target.kl=0: accepted: a number greater than 0",
+    "baseline=fisher budget=null target.kl=nan": "target.kl=nan: accepted: a number greater than 0",
+    "target=0.3": "target",
+    "baseline.takes=[x]": "baseline.takes=x: accepted: target, fused",
+    "baseline=ours fused=true": "baseline=ours gives each layer a scheme of its own; accepted with it: fisher, measured_kl, modelopt",
+    "baseline=head8 fused=true": "fused=true: baseline=head8 gives each layer",
+    "fused=maybe": "fused",
     "budget=five": "budget: Value 'five' of type 'str' could not be converted to Float",
     "options=w2g64_w4g64 budget=3 baseline=head8": "no 8-bit scheme above their lowest; accepted with them: head4, tail4",
     "baseline=head4": "no 4-bit scheme above their lowest; accepted with them: head8, tail8",
@@ -63,6 +107,10 @@ REFUSED = {
     "options.schemes=[mxfp8,mxfp4]": "two or more schemes, lowest bits first",
     "options.schemes=[mxfp4,w8g64]": "cannot share one model",
     "options.schemes=[mxfp4,fp5]": "unknown fp5; accepted: mxfp4, mxfp6, mxfp8",
+    "options.schemes=[bf16,mxfp8]": "two or more schemes, lowest bits first",
+    "options.schemes=[mxfp4,w8g64,bf16]": "cannot share one model",
+    "options=mxfp4_mxfp8_bf16 budget=17": "accepted with options mxfp4_mxfp8_bf16: 4 to 16 bits",
+    "options.schemes=[mxfp4,bf16] baseline=head8": "accepted with them: no head or tail",
     "model.limit=-1": "accepted: 1 or more documents per task, or null for all",
     "eval.limit=0": "accepted: 1 or more documents per task, or null for all",
     "model=custom": "model.path: no value; set model.path=",

@@ -1,5 +1,6 @@
 """Scores are the formula's numbers, the formula is the Fisher quadratic form, and that predicts KL."""
 
+import itertools
 import json
 import multiprocessing
 
@@ -8,11 +9,11 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, CACHE, cell, run, tiny_overrides
 
-from mixprec import models
+from mixprec import models, tables
 from mixprec.allocate import Request, allocate, backward, fisher, modelopt, output_error, scores
 from mixprec.allocate import weight_error as weight_error_rule
 from mixprec.cell import ConfigError
-from mixprec.evaluate import kl
+from mixprec.evaluate import kl, vllm
 from mixprec.quantize import InMemory
 from mixprec.schemes import BF16, SCHEMES, realised_bits
 
@@ -198,11 +199,13 @@ def test_a_cell_stores_what_was_predicted(tiny, tmp_path, low_memory):
     assert 0.3 < result["notes"]["predicted_kl"] / result["kl"]["mean"] < 3
 
 
-def asked(folder, cache, notes, baseline="fisher"):
+def asked(folder, cache, notes, baseline="fisher", **more):
     one = cell(*tiny_overrides(folder), f"baseline={baseline}", "budget=5")
     reference, layers = loaded(folder)
     note = notes.__setitem__
-    request = Request(one.baseline, None, one.model, one.calibration, cache, note, reference)
+    request = Request(
+        one.baseline, None, one.model, one.calibration, cache, note, reference, **more
+    )
     return layers, one.schemes, request
 
 
@@ -234,6 +237,87 @@ def test_scores_are_made_once_and_serve_every_budget(tiny, cache, monkeypatch):
     assert (table.stderr > 0).all() and (table.score > 0).all()
     assert notes["predicted_kl_stderr"] > 0
     assert predicted[0] == pytest.approx(table.score[table.option == "mxfp4"].sum())
+
+
+def test_a_target_is_reached_with_the_fewest_bits(tiny, cache):
+    notes, bits = {}, []
+    for target in (10.0, 0.08, 0.05, 0.02):
+        layers, schemes, request = asked(tiny["qwen3"], cache, notes, target_kl=target)
+        allocation = allocate(layers, schemes, None, request)
+        bits.append(realised_bits(layers, allocation))
+        predicted = notes["predicted_kl"]
+        assert predicted <= target * (1 + 1e-9)
+        # The best that fewer bits can do misses the target.
+        _, _, budgeted = asked(tiny["qwen3"], cache, notes)
+        if bits[-1] > 4:
+            allocate(layers, schemes, bits[-1] - 1e-3, budgeted)
+            assert notes["predicted_kl"] > target
+    assert bits == sorted(bits) and bits[0] == 4 < bits[1] < bits[-1]
+
+
+def test_a_target_out_of_reach_names_what_is_within(tiny, cache):
+    notes = {}
+    layers, schemes, request = asked(tiny["qwen3"], cache, notes, target_kl=1e-9)
+    with pytest.raises(ConfigError, match=r"^target\.kl=1e-09: accepted .* or more") as raised:
+        allocate(layers, schemes, None, request)
+    smallest = float(str(raised.value).split(": ")[2].split()[0])
+    _, _, request = asked(tiny["qwen3"], cache, notes, target_kl=smallest)
+    assert realised_bits(layers, allocate(layers, schemes, None, request)) <= 8
+    assert notes["predicted_kl"] == pytest.approx(smallest, rel=1e-4)
+
+
+def test_a_cell_with_a_target_is_stored_and_tabulated(tiny, tmp_path):
+    overrides = [*tiny_overrides(tiny["qwen3"]), "baseline=fisher", "budget=null", "target.kl=0.05"]
+    outcome = run(tmp_path, *overrides)
+    assert outcome.state == "done", outcome.message
+    result = json.loads((tmp_path / outcome.cell.path / "result.json").read_text())
+    assert result["config"]["budget"] is None and result["config"]["target"] == {"kl": 0.05}
+    assert result["notes"]["predicted_kl"] <= 0.05 and 4 < result["realised_bits"] < 8
+    assert run(tmp_path, *overrides).state == "stored"
+    stored, _ = tables.read(tmp_path)
+    table = tables.frame(list(stored.values()), stored)
+    assert list(table.row) == ["fisher, predicted KL ≤ 0.05"] and list(table.target_kl) == [0.05]
+    assert "predicted KL ≤ 0.05" in tables.markdown("all", table, stored)
+
+
+def test_fused_linears_share_a_scheme_and_it_is_the_best_such_allocation(tiny, cache, tmp_path):
+    """Of a whole model against untied; of one block against every allocation that is tied so."""
+    (apart := tmp_path / "apart").mkdir()
+    (apart / "documents").symlink_to(CACHE / "documents")
+    notes = {}
+    layers, schemes, request = asked(tiny["llama"], cache, notes, fused=True)
+    _, _, free = asked(tiny["llama"], cache, notes)
+    block = [layer for layer in layers if ".layers.1." in layer.name]
+    groups = ["qkv", "o", "gu", "down"]
+    group_of = {
+        "q": "qkv",
+        "k": "qkv",
+        "v": "qkv",
+        "o": "o",
+        "gate": "gu",
+        "up": "gu",
+        "down": "down",
+    }
+    for budget in (4.3, 5.0, 6.0):
+        tied = allocate(layers, schemes, budget, request)
+        predicted = notes["predicted_kl"]
+        assert vllm.refusal(tied) is None and realised_bits(layers, tied) <= budget
+        untied = allocate(layers, schemes, budget, free)
+        assert predicted >= notes["predicted_kl"]
+        assert vllm.refusal(untied) is not None  # or the test would show nothing
+
+        _, _, of_block = asked(tiny["llama"], apart, notes, fused=True)
+        found = allocate(block, schemes, budget, of_block)
+        (file,) = apart.glob("scores/*/scores.parquet")
+        score = scores.pd.read_parquet(file).set_index(["layer", "option"]).score
+        sums = []
+        for options in itertools.product(["mxfp4", "mxfp8"], repeat=len(groups)):
+            of_group = dict(zip(groups, options, strict=True))
+            each = {la.name: of_group[group_of[la.name.split(".")[-1][:-5]]] for la in block}
+            if realised_bits(block, each) <= budget:
+                sums.append(sum(score[item] for item in each.items()))
+        assert notes["predicted_kl"] == pytest.approx(min(sums))
+        assert sum(score[item] for item in found.items()) == pytest.approx(min(sums))
 
 
 def _allocate_apart(folder, cache, results):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixprec.allocate.knapsack import solve
+from mixprec.allocate.knapsack import fewest_bits, solve
 
 BITS = ([4, 8], [4, 6, 8], [2, 3, 4, 8])
 
@@ -58,6 +58,47 @@ def test_a_higher_budget_never_predicts_more(problem, first, second):
     less, more = (solve(scores, weights, bits, budget) for budget in (low, high))
     assert used(weights, bits, less) / sum(weights) <= low
     assert total(scores, more) <= total(scores, less) + 1e-9 * scores.sum()
+
+
+@settings(deadline=None)
+@given(problems(), st.floats(0, 1))
+def test_no_allocation_that_reaches_the_target_takes_fewer_bits(problem, where):
+    scores, weights, bits = problem
+    smallest, largest = scores.min(1).sum(), scores.max(1).sum()
+    target = smallest + where * (largest - smallest) + 1e-9 * scores.sum()
+    chosen = fewest_bits(scores, weights, bits, target)
+    assert total(scores, chosen) <= target
+    slack = 1e-9 * scores.sum()  # a sum that equals the target may come out on either side
+    reaching = [
+        each
+        for each in itertools.product(range(len(bits)), repeat=len(weights))
+        if total(scores, each) <= target - slack
+    ]
+    fewest = min((used(weights, bits, each) for each in reaching), default=np.inf)
+    assert used(weights, bits, chosen) <= fewest
+    for each in reaching:  # and of those with as many bits it has the smallest sum
+        if used(weights, bits, each) == used(weights, bits, chosen):
+            assert total(scores, chosen) <= total(scores, each) + slack
+
+
+@settings(deadline=None, max_examples=30)
+@given(problems(40), st.floats(0, 1))
+def test_a_target_and_its_budget_are_each_others_answer(problem, where):
+    """What a budget reaches is reached with no more bits, and a target's bits reach it."""
+    scores, weights, bits = problem
+    budget = bits[0] + where * (bits[-1] - bits[0])
+    of_budget = solve(scores, weights, bits, budget)
+    of_target = fewest_bits(scores, weights, bits, total(scores, of_budget))
+    assert used(weights, bits, of_target) <= used(weights, bits, of_budget)
+    assert total(scores, of_target) <= total(scores, of_budget)
+
+
+def test_a_target_that_nothing_reaches_is_refused():
+    scores = np.array([[4.0, 1.0], [3.0, 0.5]])
+    with pytest.raises(ValueError, match=r"target=1\.4: accepted: 1\.5 or more"):
+        fewest_bits(scores, [32, 64], [4, 8], 1.4)
+    assert fewest_bits(scores, [32, 64], [4, 8], 1.5) == [1, 1]
+    assert fewest_bits(scores, [32, 64], [4, 8], 7.0) == [0, 0]
 
 
 def test_a_budget_that_can_be_met_exactly_is():

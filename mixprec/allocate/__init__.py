@@ -7,6 +7,7 @@ Each has one function,
 layers:  the quantized linears, in the order in which the network applies them
 schemes: the options, lowest bits first
 budget:  average bits per weight that the allocation may use, scales not counted; None if unbudgeted
+         or if request.target_kl takes its place
 request: what else a rule may need
 """
 
@@ -38,6 +39,8 @@ class Request:
     cache: Path | None = None
     note: Callable[[str, object], None] = lambda key, value: None  # into result.json's `notes`
     reference: torch.nn.Module | None = None  # the unquantized model; None if loads_a_copy
+    target_kl: float | None = None  # predicted, in nats per token, to be reached; None: a budget
+    fused: bool = False  # linears that kernels fuse get one scheme
 
 
 def allocate(

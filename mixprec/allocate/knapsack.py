@@ -1,11 +1,15 @@
-"""The one solver that all signals share: which option each layer takes, under a budget of bits.
+"""The one solver that all signals share: which option each layer takes, under a budget of bits or
+for a sum of scores that is to be reached.
 
 A multiple-choice knapsack, solved to optimality by HiGHS (`scipy.optimize.milp`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
+from contextlib import contextmanager
 from fractions import Fraction
 
 import numpy as np
@@ -25,6 +29,50 @@ def solve(scores: np.ndarray, weights: list[int], bits: list[int], budget: float
     one: their scores and weights summed. Raises ValueError for scores that are not finite or for a
     budget that nothing meets.
     """
+    scores, extra, unit, least = _whole_numbers(scores, weights, bits)
+    # In whole numbers: 5.0 bits means exactly 5, and a float never decides a tie.
+    allowed = math.floor(Fraction(budget) * sum(weights))
+    while (allowed + 1) / sum(weights) <= budget:  # 16/3 as a float is less than 16/3
+        allowed += 1
+    if allowed < least:
+        raise ValueError(
+            f"budget={budget:g}: accepted: {least / sum(weights):g} bits or more, the lowest options'"
+        )
+    return _choose(scores, extra, (allowed - least) // unit)
+
+
+def fewest_bits(
+    scores: np.ndarray, weights: list[int], bits: list[int], target: float
+) -> list[int]:
+    """The option of each layer that takes the fewest bits with a sum of scores of at most `target`.
+
+    Of allocations with as many bits, the one with the smallest sum. The arguments are those of
+    `solve`, and it is the same knapsack: its smallest sum never rises with the bits that may be used,
+    so the fewest that reach the target are found by bisection. Raises ValueError for a target that
+    nothing reaches.
+    """
+    scores, extra, _, _ = _whole_numbers(scores, weights, bits)
+    layers = np.arange(len(scores))
+    best = scores.argmin(1)
+    if (smallest := scores[layers, best].sum()) > target:
+        raise ValueError(
+            f"target={target:g}: accepted: {smallest:g} or more, the best options' sum"
+        )
+    enough, too_few = extra[layers, best].sum(), -1
+    while enough - too_few > 1:
+        room = int((enough + too_few) // 2)
+        chosen = _choose(scores, extra, room, target)
+        if scores[layers, chosen].sum() <= target:
+            enough = extra[layers, chosen].sum()
+        else:
+            too_few = room
+    return _choose(scores, extra, int(enough))
+
+
+def _whole_numbers(
+    scores: np.ndarray, weights: list[int], bits: list[int]
+) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """(scores, bits above each layer's lowest in units [layers, options], the unit, lowest bits)."""
     scores = np.asarray(scores, dtype=np.float64)
     if scores.shape != (len(weights), len(bits)):
         raise ValueError(f"scores {scores.shape} are not of {len(weights)} layers × {len(bits)}")
@@ -32,24 +80,19 @@ def solve(scores: np.ndarray, weights: list[int], bits: list[int], budget: float
         layer, option = np.argwhere(~np.isfinite(scores))[0]
         raise ValueError(f"the score of layer {layer} with option {option} is not finite")
     costs = [[weight * option for option in bits] for weight in weights]
-    least = sum(min(row) for row in costs)
-    # In whole numbers from here on: 5.0 bits means exactly 5, and a float never decides a tie.
-    allowed = math.floor(Fraction(budget) * sum(weights))
-    while (allowed + 1) / sum(weights) <= budget:  # 16/3 as a float is less than 16/3
-        allowed += 1
-    room = allowed - least
-    if room < 0:
-        raise ValueError(
-            f"budget={budget:g}: accepted: {least / sum(weights):g} bits or more, the lowest options'"
-        )
     extra = [[cost - min(row) for cost in row] for row in costs]
     unit = math.gcd(*(cost for row in extra for cost in row)) or 1
-    extra = np.array([[cost // unit for cost in row] for row in extra], dtype=np.float64)
-    return _choose(scores, extra, room // unit)
+    units = np.array([[cost // unit for cost in row] for row in extra], dtype=np.float64)
+    return scores, units, unit, sum(min(row) for row in costs)
 
 
-def _choose(scores: np.ndarray, extra: np.ndarray, room: int) -> list[int]:
-    """The best option of each layer; extra, room: whole numbers [layers, options]."""
+def _choose(
+    scores: np.ndarray, extra: np.ndarray, room: int, target: float | None = None
+) -> list[int]:
+    """The best option of each layer; extra, room: whole numbers [layers, options].
+
+    With a target it need only be good enough to see if a sum of scores of at most that is possible.
+    """
     layers = np.arange(len(scores))
     loss = scores - scores.min(1, keepdims=True)
     price = _price(loss, extra, room)
@@ -57,9 +100,12 @@ def _choose(scores: np.ndarray, extra: np.ndarray, room: int) -> list[int]:
     reduced = priced - priced.min(1, keepdims=True)
     bound = priced.min(1).sum() - price * room
     chosen = _greedy(reduced, loss, extra, room)
-    gap = (
-        loss[layers, chosen].sum() - bound + 1e-12 * loss.sum()
-    )  # and no less than rounding errors
+    rounding = 1e-12 * loss.sum()
+    gap = loss[layers, chosen].sum() - bound + rounding
+    if target is not None:
+        left_over = target - scores.min(1).sum()
+        if scores[layers, chosen].sum() <= target or bound - rounding > left_over:
+            return chosen.tolist()  # known without HiGHS, either way
     # An option whose reduced cost is above the gap is in no allocation that is better (the core of
     # Balas and Zemel 1980). Of thousands of layers, a few dozen remain for HiGHS to choose for.
     open_to = reduced <= gap
@@ -108,18 +154,34 @@ def _highs(loss: np.ndarray, extra: np.ndarray, open_to: np.ndarray, room: float
     one_each = csr_array(
         (np.ones(loss.size), (np.repeat(np.arange(layers), options), np.arange(loss.size)))
     )
-    solution = milp(
-        # HiGHS stops at an absolute gap of 1e-6: on this scale that is nothing.
-        loss.ravel() / (loss.mean() or 1.0),
-        integrality=np.ones(loss.size),
-        bounds=Bounds(0, open_to.ravel().astype(float)),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            # Its tolerance is absolute too: below half a unit.
-            LinearConstraint(csr_array(extra.reshape(1, -1)), -np.inf, room + 0.25),
-        ],
-        options={"mip_rel_gap": 0, "presolve": False},
-    )
+    with _silenced():
+        solution = milp(
+            # HiGHS stops at an absolute gap of 1e-6: on this scale that is nothing.
+            loss.ravel() / (loss.mean() or 1.0),
+            integrality=np.ones(loss.size),
+            bounds=Bounds(0, open_to.ravel().astype(float)),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                # Its tolerance is absolute too: below half a unit.
+                LinearConstraint(csr_array(extra.reshape(1, -1)), -np.inf, room + 0.25),
+            ],
+            options={"mip_rel_gap": 0, "presolve": False},
+        )
     if solution.x is None:
         raise RuntimeError(f"HiGHS found no allocation: {solution.message}")
     return solution.x.reshape(layers, options).argmax(1)
+
+
+@contextmanager
+def _silenced():
+    """HiGHS writes a debugging line straight to the process's standard output, whatever it is told."""
+    flush, before, nowhere = ctypes.CDLL(None).fflush, os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    flush(None)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        flush(None)  # the line may still be in C's own buffer
+        os.dup2(before, 1)
+        os.close(before)
+        os.close(nowhere)

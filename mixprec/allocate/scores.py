@@ -5,7 +5,8 @@ A signal is a function
     score(model, tokens, layers, schemes) -> float64 [samples, layers, options]
 
 of the unquantized model and token ids [sequences, tokens]: how much an option of a layer loses, by one
-or more samples of it. `scores.parquet` holds them, their mean and its standard error.
+or more samples of it. `scores.parquet` holds them, their mean and its standard error; `about.json`, of
+what they are, for whoever reads them without the model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from filelock import FileLock
 
 from mixprec import data, models
 from mixprec.allocate import knapsack
-from mixprec.cell import digest
+from mixprec.cell import ConfigError, digest
+from mixprec.evaluate.vllm import FUSED
+from mixprec.schemes import BF16, Layer, Scheme
+from mixprec.store import write_json
 
 VERSION = 1  # raised whenever a signal means something else than before
 
@@ -28,19 +32,66 @@ VERSION = 1  # raised whenever a signal means something else than before
 def minimise(
     layers, schemes, budget, request, signal: str, score: Callable
 ) -> tuple[dict[str, str], float, float | None]:
-    """The allocation with the smallest sum of scores within the budget, that sum, its standard error."""
-    table = stored(layers, schemes, request, signal, score)
-    values = table.score.to_numpy().reshape(len(layers), len(schemes))
-    weights, bits = [layer.weights for layer in layers], [scheme.bits for scheme in schemes]
-    chosen = knapsack.solve(values, weights, bits, budget)
-    allocation = {
-        layer.name: schemes[option].name for layer, option in zip(layers, chosen, strict=True)
-    }
-    samples = np.stack(table.per_sequence).reshape(*values.shape, -1)
-    sums = samples[np.arange(len(layers)), chosen].sum(0)
+    """As `best`, of scores that are made now if they are not stored."""
+    # BF16 loses nothing, so it is not scored, and options with and without it share their scores.
+    scored = [scheme for scheme in schemes if scheme is not BF16]
+    table = stored(layers, scored, request, signal, score)
+    return best(layers, schemes, table, budget, request.target_kl, tied=request.fused)
+
+
+def best(
+    layers: list[Layer],
+    schemes: list[Scheme],
+    table: pd.DataFrame,
+    budget: float | None,
+    target: float | None = None,
+    *,
+    tied: bool = False,
+) -> tuple[dict[str, str], float, float | None]:
+    """The allocation with the smallest sum of scores within the budget, that sum, its standard error.
+
+    With a target in the budget's place: that of the fewest bits whose sum is at most the target. Raises
+    ConfigError if none reaches it.
+
+    table: as of `stored`, of all `schemes` but BF16. tied: fused layers get one scheme.
+    """
+    samples = np.stack(table.per_sequence).reshape(len(layers), -1, len(table.per_sequence[0]))
+    of_layers = table.score.to_numpy().reshape(samples.shape[:2])
+    lossless = ((0, 0), (0, len(schemes) - samples.shape[1]))  # BF16, which as the highest is last
+    samples, of_layers = np.pad(samples, (*lossless, (0, 0))), np.pad(of_layers, lossless)
+    groups = fused(layers) if tied else [[place] for place in range(len(layers))]
+    values = np.stack([of_layers[group].sum(0) for group in groups])
+    weights = [sum(layers[place].weights for place in group) for group in groups]
+    bits = [scheme.bits for scheme in schemes]
+    if target is None:
+        chosen = knapsack.solve(values, weights, bits, budget)
+    elif target < (smallest := values.min(1).sum()):
+        raise ConfigError(  # a little more than the smallest, so that what is printed is accepted
+            f"target.kl={target:g}: accepted with these options: {1.00001 * smallest:.6g} or more, "
+            "the smallest KL that is predicted, with every layer's best option"
+        )
+    else:
+        chosen = knapsack.fewest_bits(values, weights, bits, target)
+    option = {place: at for group, at in zip(groups, chosen, strict=True) for place in group}
+    allocation = {layer.name: schemes[option[place]].name for place, layer in enumerate(layers)}
+    sums = sum(samples[place, at] for place, at in option.items())
     n = len(sums)
     stderr = None if n == 1 else float(sums.std(ddof=1) / math.sqrt(n))
     return allocation, float(sums.mean()), stderr
+
+
+def fused(layers: list[Layer]) -> list[list[int]]:
+    """Places of the layers that inference kernels run as one, and of every other layer alone.
+
+    Siblings under one module that are named as FUSED has it: q, k and v of one attention, gate and up
+    of one MLP or of one expert.
+    """
+    groups: dict[tuple[str, str], list[int]] = {}
+    for place, layer in enumerate(layers):
+        parent, _, own = layer.name.rpartition(".")
+        together = next((names[0] for names in FUSED if own in names), own)
+        groups.setdefault((parent, together), []).append(place)
+    return list(groups.values())
 
 
 def stored(layers, schemes, request, signal: str, score: Callable) -> pd.DataFrame:
@@ -71,6 +122,16 @@ def stored(layers, schemes, request, signal: str, score: Callable) -> pd.DataFra
             aside = file.with_suffix(".tmp")
             table.to_parquet(aside, index=False)
             aside.replace(file)
+        if not (about := folder / "about.json").is_file():
+            what = {
+                "signal": signal,
+                "model": request.model.name,
+                "model_hash": checkpoint.fingerprint,
+                "options": names,
+                "calibration": calibration and [calibration.samples, calibration.tokens],
+                "layers": {layer.name: [layer.out_features, layer.in_features] for layer in layers},
+            }
+            write_json(about, what)
         return pd.read_parquet(file)
 
 
