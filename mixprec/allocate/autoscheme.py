@@ -9,14 +9,13 @@ its own solver is run on its stored scores, without loading the model again.
 
 from __future__ import annotations
 
-import json
 import os
 from contextlib import contextmanager
-from pathlib import Path
 
 from filelock import FileLock
 
 from mixprec import data, models
+from mixprec.allocate import autoscheme_scores
 from mixprec.cell import digest
 from mixprec.store import write_json
 
@@ -35,47 +34,18 @@ def allocate(layers, schemes, budget, request) -> dict[str, str]:
     # auto-round tries to read every JSON file beside its scores as scores, so the texts lie below.
     texts_file = folder / "calibration" / "texts.json"
     texts_file.parent.mkdir(parents=True, exist_ok=True)
-    names = {_identity(scheme.preset): scheme.name for scheme in schemes}
     with FileLock(folder / "lock"):
         # auto-round tokenizes as the tokenizer does by default; model.bos is about evaluation only.
         first = tokenizer(texts[0]).input_ids[0]
         request.note("calibration_begins_with_bos", first == tokenizer.bos_token_id)
-        scores = _stored_scores(folder, layers, names)
-        request.note("autoscheme_scores_stored", scores is not None)
-        if scores is not None:
-            return _solved(scores, layers, schemes, budget)
+        solved = autoscheme_scores.by_auto_round(folder, layers, schemes, budget)
+        request.note("autoscheme_scores_stored", solved is not None)
+        if solved is not None:
+            return solved
         write_json(texts_file, [{"text": text} for text in texts])
         chosen = _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file)
+    names = {_identity(scheme.preset): scheme.name for scheme in schemes}
     return {layer.name: names[_fields(chosen[layer.name])] for layer in layers}
-
-
-def _stored_scores(
-    folder: Path, layers, names: dict[tuple, str]
-) -> dict[str, dict[str, float]] | None:
-    """auto-round's loss of every layer, by scheme and layer, in its own order; None if one is missing."""
-    found = {}
-    for file in folder.glob("scheme_*.json"):
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        losses = {layer: loss for layer, (_, loss) in stored["layer_scores"].items()}
-        if losses.keys() == {layer.name for layer in layers}:
-            found[names[_fields(stored["scheme"])]] = losses
-    return found if found.keys() == set(names.values()) else None
-
-
-def _solved(scores: dict[str, dict[str, float]], layers, schemes, budget) -> dict[str, str]:
-    """What auto-round's own solver makes of its scores; its result for the first budget (a test)."""
-    from auto_round.auto_scheme.delta_loss import choose_bits_per_layer_with_path
-
-    weights = {layer.name: layer.weights for layer in layers}
-    options = {
-        layer: [
-            (scheme.name, weights[layer] * scheme.bits, scores[scheme.name][layer], [layer])
-            for scheme in schemes
-        ]
-        for layer in scores[schemes[0].name]
-    }
-    _, path = choose_bits_per_layer_with_path(options, int(sum(weights.values()) * budget))
-    return {layer: scheme for (layer,), scheme in path}
 
 
 def _autoscheme(checkpoint, tokenizer, schemes, budget, request, texts_file) -> dict[str, dict]:
