@@ -20,6 +20,7 @@ from mixprec.allocate import loads_a_copy
 from mixprec.allocate.backward import LOGITS_AT_ONCE, TOKENS_AT_ONCE
 from mixprec.architecture import config_of
 from mixprec.cell import Cell, Model
+from mixprec.experts import separate
 from mixprec.models import arithmetic, in_hub_cache, is_on_hub, quantized_layers
 
 GB = 1e9
@@ -61,7 +62,8 @@ def size_of(model: Model) -> Size | None:
         known = AutoConfig.for_model(**config)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(known, dtype=torch.bfloat16)
-    except (TypeError, KeyError, ValueError):
+        separate(skeleton)
+    except (TypeError, KeyError, ValueError):  # ConfigError too: experts that are no linears
         return None
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     there = not is_on_hub(model) or in_hub_cache(model) is not None
