@@ -8,13 +8,16 @@ spread over repeats; all raw seconds are in results/bench/*.json with the machin
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -372,6 +375,126 @@ def _draw(points: dict[str, list[dict]]) -> None:
     figure.savefig(OUTPUT / "growth.svg")
 
 
+def blocks(layers: int) -> dict:
+    """Memory that scoring a checkpoint block by block takes, against the bound: a random Llama."""
+    import torch
+    from transformers import LlamaConfig
+
+    from mixprec.allocate import fisher
+    from mixprec.allocate.blocks import Blocks
+    from mixprec.schemes import SCHEMES, Layer
+
+    config = LlamaConfig(
+        vocab_size=32_000, hidden_size=2560, intermediate_size=6912, num_attention_heads=20,
+        num_key_value_heads=20, num_hidden_layers=layers, tie_word_embeddings=False,
+    )  # fmt: skip
+    tokens = torch.randint(5, config.vocab_size, (2, 64), generator=torch.manual_seed(0))
+    schemes = [SCHEMES["mxfp4"], SCHEMES["mxfp8"]]
+    with tempfile.TemporaryDirectory() as place:
+        shapes = _write_random(config, Path(place))
+        linears = [
+            Layer(name.removesuffix(".weight"), *shape)
+            for name, shape in shapes.items()
+            if "_proj" in name
+        ]
+        start = time.perf_counter()
+        with _Memory() as memory:
+            scores = fisher.score(
+                Blocks(Path(place), torch.float32, torch.device("cpu")), tokens, linears, schemes
+            )
+        seconds = time.perf_counter() - start
+    assert (scores > 0).all()
+    block = 2 * sum(layer.weights for layer in linears) // layers
+    embedding = 2 * config.vocab_size * config.hidden_size
+    boundaries = 4 * (layers + 1) * tokens.numel() * config.hidden_size
+    bound = 2 * block + embedding + boundaries + 10**9
+    found = {"anonymous": memory.anonymous / bound, "resident": memory.resident / bound}
+    return {
+        "model": {"weights": sum(math.prod(shape) for shape in shapes.values()), "blocks": layers},
+        "tokens": list(tokens.shape),
+        "options": [scheme.name for scheme in schemes],
+        "runs": 1,
+        "seconds": seconds,
+        "bytes": {
+            "peak_anonymous": memory.anonymous,
+            "peak_resident": memory.resident,  # with pages of the files, which can be dropped
+            "before": memory.before,
+            "checkpoint": 2 * sum(math.prod(shape) for shape in shapes.values()),
+            "block": block,
+            "embedding": embedding,
+            "boundaries": boundaries,
+            "bound": bound,  # two blocks and the embedding as in the checkpoint, boundaries, 1 GB
+        },
+        "ratios": {
+            f"peak {what} memory / bound": {"median": value, "spread": [value, value]}
+            for what, value in found.items()
+        },
+    }
+
+
+def _write_random(config, folder: Path) -> dict[str, tuple[int, ...]]:
+    """A checkpoint of random bfloat16 weights, a file a block; returns the weights' shapes."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaForCausalLM
+
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(config)
+    shapes = {name: tuple(weight.shape) for name, weight in skeleton.named_parameters()}
+    files: dict[str, list[str]] = {}
+    for name in shapes:
+        block = name.split(".")[2] if ".layers." in name else "rest"
+        files.setdefault(f"model-{block}.safetensors", []).append(name)
+    random = torch.manual_seed(0)
+    for file, names in files.items():
+        weights = {}
+        for name in names:
+            weight = torch.empty(shapes[name], dtype=torch.bfloat16)
+            few = len(shapes[name]) == 1  # a norm
+            weights[name] = weight.fill_(1) if few else weight.normal_(0, 0.02, generator=random)
+        save_file(weights, folder / file, {"format": "pt"})
+    index = {name: file for file, names in files.items() for name in names}
+    write_json(folder / "model.safetensors.index.json", {"weight_map": index})
+    return shapes
+
+
+class _Memory:
+    """Peak memory above what was there before, in bytes, sampled every 5 ms by a thread.
+
+    anonymous: what the process allocated; resident: with the pages of mapped files.
+    """
+
+    def __enter__(self) -> _Memory:
+        gc.collect()
+        self.before = dict(zip(("anonymous", "resident"), self._now(), strict=True))
+        self.anonymous = self.resident = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            anonymous, resident = self._now()
+            self.anonymous = max(self.anonymous, anonymous - self.before["anonymous"])
+            self.resident = max(self.resident, resident - self.before["resident"])
+
+    @staticmethod
+    def _now() -> tuple[int, int]:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        kilobytes = {
+            key: value.split()[0]
+            for key, _, value in (x.partition(":") for x in lines)
+            if value.split()
+        }
+        return 1024 * int(kilobytes["RssAnon"]), 1024 * int(kilobytes["VmRSS"])
+
+
 def compare(ours: dict[str, list], theirs: dict[str, list]) -> dict:
     """Largest relative difference of a log-likelihood, and greedy answers that differ, with margins."""
     largest, differ, count = 0.0, [], 0
@@ -417,6 +540,8 @@ def main() -> int:
     whole.add_argument("--limit", type=int, default=50, help="documents per task (default: 50)")
     whole.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     commands.add_parser("growth", help="seconds against documents, choices, length, layers")
+    by_block = commands.add_parser("blocks", help="memory of scoring a checkpoint block by block")
+    by_block.add_argument("--layers", type=int, default=26, help="of 79 M weights (default: 26)")
     one = commands.add_parser("measure", help="one measurement (used by the others)")
     one.add_argument("--engine", choices=["hf", "shared_prefix"], required=True)
     one.add_argument("--model", choices=["bf16", "low", "auto_round"], required=True)
@@ -430,6 +555,8 @@ def main() -> int:
         chosen.output.write_text(json.dumps(measure(chosen)))
     elif chosen.command == "growth":
         report("growth", growth())
+    elif chosen.command == "blocks":
+        report("blocks", blocks(chosen.layers))
     elif chosen.command == "column":
         report(f"column_{chosen.dtype}", column(chosen.limit, chosen.dtype))
     else:

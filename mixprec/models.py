@@ -188,13 +188,18 @@ def release_from_auto_round() -> None:
 def _from_pretrained(checkpoint: Checkpoint, model: Model, device_map: str | None):
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded, info = AutoModelForCausalLM.from_pretrained(
         checkpoint.folder,
         dtype=torch.bfloat16,
         use_safetensors=True,
         trust_remote_code=model.trust_remote_code,
         device_map=device_map,
+        output_loading_info=True,
     )
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random ones
+        raise ConfigError(
+            f"model.path={model.path}: {len(missing)} weights are missing, such as {missing[0]}"
+        )
     _assert_no_hub_kernels()
     return loaded.eval()
 

@@ -81,8 +81,8 @@ def _tiny_model(architecture: str, folder: Path, **more) -> Path:
     config = AutoConfig.for_model(
         architecture, vocab_size=len(vocabulary), hidden_size=64, intermediate_size=160,
         num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        max_position_embeddings=4096, tie_word_embeddings=architecture == "qwen3",
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, **more,
+        max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        **{"tie_word_embeddings": architecture == "qwen3", **more},
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # initial weights of 0.02 make all distributions flat

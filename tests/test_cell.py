@@ -82,6 +82,7 @@ REFUSED = {
     "tuning.iter=5": "did you mean iters? accepted: batch_size, iters, samples, tokens",
     "eval.engine=vllm": "eval.engine=vllm: options mxfp4_mxfp8 are rounded in memory and not exported",
     "calibration.samples=0": "calibration.samples=0: accepted: a number greater than 0",
+    "calibration.unreached=skip baseline=fisher": "unreached=skip: accepted: refuse, lowest",
     "eval.kl=null": "eval.kl",
     "eval=null": "Config group override must be a string",
     "budget=[1": "no viable alternative",
