@@ -81,12 +81,11 @@ def test_both_paths_give_the_same_scores(variants, name, monkeypatch):
         blocks_of(variants[name]),
         some_tokens(),
     )
-    for schemes in (MX, INT):
-        for rule in SIGNALS:
-            ours = rule.score(blocks, tokens, layers, schemes)
-            theirs = rule.score(model, tokens, layers, schemes)
-            assert ours.shape == theirs.shape and np.isfinite(ours).all() and (ours > 0).any()
-            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6 * theirs.max())
+    for rule, schemes in [*((rule, MX) for rule in SIGNALS), (fisher, INT)]:
+        ours = rule.score(blocks, tokens, layers, schemes)
+        theirs = rule.score(model, tokens, layers, schemes)
+        assert ours.shape == theirs.shape and np.isfinite(ours).all() and (ours > 0).any()
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6 * theirs.max())
 
 
 def test_one_block_at_a_time_is_in_memory(variants, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import CACHE, cell, run, tiny_overrides
 from safetensors.torch import load_file
+from test_quantize import by_auto_round, mixed
 from transformers import AutoModelForCausalLM
 
 from mixprec import experts, models, quantize
@@ -104,6 +105,20 @@ def test_a_cell_counts_and_quantizes_every_expert(tiny_moe, tmp_path, baseline):
     quantize.InMemory(model, packed=False).apply(allocation)
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name]) != (name.removesuffix(".weight") in allocation)
+
+
+def test_rounded_experts_are_auto_rounds(tiny_moe, monkeypatch, tmp_path):
+    model, _ = loaded(tiny_moe)
+    allocation = mixed(model, "mxfp4", "mxfp8")
+    reference = by_auto_round(tiny_moe, allocation, monkeypatch, tmp_path)
+    quantize.InMemory(model).apply(allocation)
+    for name in allocation:
+        theirs = reference.get_submodule(name).orig_layer.weight.float()
+        module = model.get_submodule(name)
+        ours = module.packed if hasattr(module, "packed") else module.weight
+        assert torch.equal(ours, theirs), name
+    expected = reference.float()(some_tokens()).logits
+    torch.testing.assert_close(model(some_tokens()).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_exported_model_comes_back_and_the_next_reference_is_whole(tiny_moe, tmp_path):
