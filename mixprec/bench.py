@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import math
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import mixprec.environment  # noqa: F401 - first, as in run.py
@@ -376,7 +378,27 @@ def _draw(points: dict[str, list[dict]]) -> None:
 
 
 def blocks(layers: int) -> dict:
-    """Memory that scoring a checkpoint block by block takes, against the bound: a random Llama."""
+    """Memory that scoring a checkpoint block by block takes, at half the depth and the whole."""
+    alone = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
+    with ProcessPoolExecutor(
+        1, **alone
+    ) as pool:  # each in a process of its own, with its own memory
+        half, whole = pool.map(_blocks, [layers // 2, layers])
+    ratios = {
+        f"{what} memory, {layers} blocks / bound": whole["peak"][what] / whole["bytes"]["bound"]
+        for what in ("anonymous", "resident")
+    }
+    ratios[f"anonymous memory, {layers} / {layers // 2} blocks"] = (
+        whole["peak"]["anonymous"] / half["peak"]["anonymous"]
+    )
+    return {
+        "points": [half, whole],  # one run each
+        "ratios": {key: {"median": x, "spread": [x, x]} for key, x in ratios.items()},
+    }
+
+
+def _blocks(layers: int) -> dict:
+    """Peak bytes above what was there before, scoring a random Llama of so many blocks."""
     import torch
     from transformers import LlamaConfig
 
@@ -399,35 +421,30 @@ def blocks(layers: int) -> dict:
         ]
         start = time.perf_counter()
         with _Memory() as memory:
-            scores = fisher.score(
-                Blocks(Path(place), torch.float32, torch.device("cpu")), tokens, linears, schemes
-            )
+            checkpoint = Blocks(Path(place), torch.float32, torch.device("cpu"))
+            scores = fisher.score(checkpoint, tokens, linears, schemes)
         seconds = time.perf_counter() - start
-    assert (scores > 0).all()
+    if not (scores > 0).all():
+        raise RuntimeError("a score is not positive")
+    weights = sum(math.prod(shape) for shape in shapes.values())
     block = 2 * sum(layer.weights for layer in linears) // layers
     embedding = 2 * config.vocab_size * config.hidden_size
     boundaries = 4 * (layers + 1) * tokens.numel() * config.hidden_size
-    bound = 2 * block + embedding + boundaries + 10**9
-    found = {"anonymous": memory.anonymous / bound, "resident": memory.resident / bound}
     return {
-        "model": {"weights": sum(math.prod(shape) for shape in shapes.values()), "blocks": layers},
+        "blocks": layers,
+        "weights": weights,
         "tokens": list(tokens.shape),
         "options": [scheme.name for scheme in schemes],
-        "runs": 1,
         "seconds": seconds,
+        "before": memory.before,
+        "peak": {"anonymous": memory.anonymous, "resident": memory.resident},
         "bytes": {
-            "peak_anonymous": memory.anonymous,
-            "peak_resident": memory.resident,  # with pages of the files, which can be dropped
-            "before": memory.before,
-            "checkpoint": 2 * sum(math.prod(shape) for shape in shapes.values()),
+            "checkpoint": 2 * weights,
             "block": block,
             "embedding": embedding,
             "boundaries": boundaries,
-            "bound": bound,  # two blocks and the embedding as in the checkpoint, boundaries, 1 GB
-        },
-        "ratios": {
-            f"peak {what} memory / bound": {"median": value, "spread": [value, value]}
-            for what, value in found.items()
+            # Two blocks and the embedding in bfloat16, boundaries in float32, 1 GB for the rest.
+            "bound": 2 * block + embedding + boundaries + 10**9,
         },
     }
 

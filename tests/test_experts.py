@@ -182,6 +182,16 @@ def test_experts_without_tokens_are_refused_or_lowest_by_an_explicit_rule(
     assert cell("calibration.unreached=lowest").hash != cell().hash
 
 
+def test_a_score_that_is_not_finite_is_not_taken_for_one_without_tokens(tiny_moe, tmp_path):
+    (tmp_path / "documents").symlink_to(CACHE / "documents")
+    layers, schemes, request = asked(tiny_moe, tmp_path, {}, "lowest")
+    for expert in request.reference.model.layers[2].mlp.experts:
+        expert.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"^model\.layers\.\S+: its score in mxfp4 is not"):
+        allocate(layers, schemes, 5.0, request)
+    assert not list(tmp_path.glob("scores/*/*.parquet"))
+
+
 def test_other_mixtures_of_experts_are_refused_before_anything_is_loaded(tiny, tmp_path):
     config = json.loads((tiny["llama"] / "config.json").read_text())
     config |= {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
