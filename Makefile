@@ -50,6 +50,7 @@ bench: setup  ## measure against lm-eval and auto-round (40 minutes; leave the m
 	$(BIN)/python -m mixprec.bench evaluate --dtype bfloat16
 	$(BIN)/python -m mixprec.bench column
 	$(BIN)/python -m mixprec.bench growth
+	$(BIN)/python -m mixprec.bench blocks
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest

@@ -30,7 +30,8 @@ def in_features(config: dict | None) -> list[int]:
     try:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         head = config.get("head_dim") or hidden // heads
-        return sorted({hidden, heads * head, config["intermediate_size"]})
+        inner = {config["intermediate_size"], config.get("moe_intermediate_size")} - {None}
+        return sorted({hidden, heads * head, *inner})
     except (KeyError, TypeError):
         return []  # an architecture with other names: its layers are checked once they are known
 

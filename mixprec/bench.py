@@ -8,14 +8,19 @@ spread over repeats; all raw seconds are in results/bench/*.json with the machin
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
+import math
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
 
@@ -377,6 +382,141 @@ def _draw(points: dict[str, list[dict]]) -> None:
     figure.savefig(OUTPUT / "growth.svg")
 
 
+def blocks(layers: int) -> dict:
+    """Memory that scoring a checkpoint block by block takes, at half the depth and the whole."""
+    alone = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
+    with ProcessPoolExecutor(
+        1, **alone
+    ) as pool:  # each in a process of its own, with its own memory
+        half, whole = pool.map(_blocks, [layers // 2, layers])
+    ratios = {
+        f"{what} memory, {layers} blocks / bound": whole["peak"][what] / whole["bytes"]["bound"]
+        for what in ("anonymous", "resident")
+    }
+    ratios[f"anonymous memory, {layers} / {layers // 2} blocks"] = (
+        whole["peak"]["anonymous"] / half["peak"]["anonymous"]
+    )
+    return {
+        "points": [half, whole],  # one run each
+        "ratios": {key: {"median": x, "spread": [x, x]} for key, x in ratios.items()},
+    }
+
+
+def _blocks(layers: int) -> dict:
+    """Peak bytes above what was there before, scoring a random Llama of so many blocks."""
+    import torch
+    from transformers import LlamaConfig
+
+    from mixprec.allocate import fisher
+    from mixprec.allocate.blocks import Blocks
+    from mixprec.schemes import SCHEMES, Layer
+
+    config = LlamaConfig(
+        vocab_size=32_000, hidden_size=2560, intermediate_size=6912, num_attention_heads=20,
+        num_key_value_heads=20, num_hidden_layers=layers, tie_word_embeddings=False,
+    )  # fmt: skip
+    tokens = torch.randint(5, config.vocab_size, (2, 64), generator=torch.manual_seed(0))
+    schemes = [SCHEMES["mxfp4"], SCHEMES["mxfp8"]]
+    with tempfile.TemporaryDirectory() as place:
+        shapes = _write_random(config, Path(place))
+        linears = [
+            Layer(name.removesuffix(".weight"), *shape)
+            for name, shape in shapes.items()
+            if "_proj" in name
+        ]
+        start = time.perf_counter()
+        with _Memory() as memory:
+            checkpoint = Blocks(Path(place), torch.float32, torch.device("cpu"))
+            scores = fisher.score(checkpoint, tokens, linears, schemes)
+        seconds = time.perf_counter() - start
+    if not (scores > 0).all():
+        raise RuntimeError("a score is not positive")
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    block = 2 * sum(layer.weights for layer in linears) // layers
+    embedding = 2 * config.vocab_size * config.hidden_size
+    boundaries = 4 * (layers + 1) * tokens.numel() * config.hidden_size
+    return {
+        "blocks": layers,
+        "weights": weights,
+        "tokens": list(tokens.shape),
+        "options": [scheme.name for scheme in schemes],
+        "seconds": seconds,
+        "before": memory.before,
+        "peak": {"anonymous": memory.anonymous, "resident": memory.resident},
+        "bytes": {
+            "checkpoint": 2 * weights,
+            "block": block,
+            "embedding": embedding,
+            "boundaries": boundaries,
+            # Two blocks and the embedding in bfloat16, boundaries in float32, 1 GB for the rest.
+            "bound": 2 * block + embedding + boundaries + 10**9,
+        },
+    }
+
+
+def _write_random(config, folder: Path) -> dict[str, tuple[int, ...]]:
+    """A checkpoint of random bfloat16 weights, a file a block; returns the weights' shapes."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaForCausalLM
+
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(config)
+    shapes = {name: tuple(weight.shape) for name, weight in skeleton.named_parameters()}
+    files: dict[str, list[str]] = {}
+    for name in shapes:
+        block = name.split(".")[2] if ".layers." in name else "rest"
+        files.setdefault(f"model-{block}.safetensors", []).append(name)
+    random = torch.manual_seed(0)
+    for file, names in files.items():
+        weights = {}
+        for name in names:
+            weight = torch.empty(shapes[name], dtype=torch.bfloat16)
+            few = len(shapes[name]) == 1  # a norm
+            weights[name] = weight.fill_(1) if few else weight.normal_(0, 0.02, generator=random)
+        save_file(weights, folder / file, {"format": "pt"})
+    index = {name: file for file, names in files.items() for name in names}
+    write_json(folder / "model.safetensors.index.json", {"weight_map": index})
+    return shapes
+
+
+class _Memory:
+    """Peak memory above what was there before, in bytes, sampled every 5 ms by a thread.
+
+    anonymous: what the process allocated; resident: with the pages of mapped files.
+    """
+
+    def __enter__(self) -> _Memory:
+        gc.collect()
+        self.before = dict(zip(("anonymous", "resident"), self._now(), strict=True))
+        self.anonymous = self.resident = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            anonymous, resident = self._now()
+            self.anonymous = max(self.anonymous, anonymous - self.before["anonymous"])
+            self.resident = max(self.resident, resident - self.before["resident"])
+
+    @staticmethod
+    def _now() -> tuple[int, int]:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        kilobytes = {
+            key: value.split()[0]
+            for key, _, value in (x.partition(":") for x in lines)
+            if value.split()
+        }
+        return 1024 * int(kilobytes["RssAnon"]), 1024 * int(kilobytes["VmRSS"])
+
+
 def compare(ours: dict[str, list], theirs: dict[str, list]) -> dict:
     """Largest relative difference of a log-likelihood, and greedy answers that differ, with margins."""
     largest, differ, count = 0.0, [], 0
@@ -422,6 +562,8 @@ def main() -> int:
     whole.add_argument("--limit", type=int, default=50, help="documents per task (default: 50)")
     whole.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     commands.add_parser("growth", help="seconds against documents, choices, length, layers")
+    by_block = commands.add_parser("blocks", help="memory of scoring a checkpoint block by block")
+    by_block.add_argument("--layers", type=int, default=26, help="of 79 M weights (default: 26)")
     one = commands.add_parser("measure", help="one measurement (used by the others)")
     one.add_argument("--engine", choices=["hf", "shared_prefix"], required=True)
     one.add_argument("--model", choices=["bf16", "low", "auto_round"], required=True)
@@ -435,6 +577,8 @@ def main() -> int:
         chosen.output.write_text(json.dumps(measure(chosen)))
     elif chosen.command == "growth":
         report("growth", growth())
+    elif chosen.command == "blocks":
+        report("blocks", blocks(chosen.layers))
     elif chosen.command == "column":
         report(f"column_{chosen.dtype}", column(chosen.limit, chosen.dtype))
     else:

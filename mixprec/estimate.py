@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from mixprec import provenance
-from mixprec.allocate import loads_a_copy
+from mixprec.allocate import drops_reference, loads_a_copy
 from mixprec.allocate.backward import LOGITS_AT_ONCE, TOKENS_AT_ONCE
 from mixprec.architecture import config_of
 from mixprec.cell import Cell, Model
+from mixprec.experts import separate
 from mixprec.models import arithmetic, in_hub_cache, is_on_hub, quantized_layers
 
 GB = 1e9
@@ -61,7 +62,8 @@ def size_of(model: Model) -> Size | None:
         known = AutoConfig.for_model(**config)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(known, dtype=torch.bfloat16)
-    except (TypeError, KeyError, ValueError):
+        separate(skeleton)
+    except (TypeError, KeyError, ValueError):  # ConfigError too: experts that are no linears
         return None
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     there = not is_on_hub(model) or in_hub_cache(model) is not None
@@ -146,13 +148,19 @@ def memory(
             need["read scores"] = (held, apart[1])
         else:
             need["score"] = (held, apart[1] + work) if on_gpu else (held + work, 0)
-    elif cell.calibration is not None:  # scored by the model that is in memory
+    elif cell.calibration is not None:  # scored by a forward and a backward pass
         calibration = cell.calibration
         tokens = min(TOKENS_AT_ONCE, calibration.samples * calibration.tokens)
-        work = width * tokens * size.blocks * size.hidden  # each block's input
-        work += width * tokens * (16 * size.hidden + 6 * size.intermediate)  # one block's graph
-        work += 12 * LOGITS_AT_ONCE * size.vocabulary + width * size.vocabulary * size.hidden
-        need["score"] = on_device(cpu, work)
+        graph = width * tokens * (16 * size.hidden + 6 * size.intermediate)  # of one block
+        logits, head = 12 * LOGITS_AT_ONCE * size.vocabulary, width * size.vocabulary * size.hidden
+        if drops_reference(cell.baseline, model):  # by one block at a time
+            between = width * calibration.samples * calibration.tokens * size.hidden
+            held = libraries + (size.blocks + 1) * between  # each block's inputs, on the CPU
+            work = max(width * size.quantized / size.blocks + graph, head + logits)
+            need["score"] = (held, work) if on_gpu else (held + work, 0)
+        else:
+            between = width * tokens * size.blocks * size.hidden
+            need["score"] = on_device(cpu, between + graph + logits + head)
     if exports:
         packed = exported_bytes(cell, size)
         block = 16 * size.quantized / size.blocks
@@ -255,7 +263,7 @@ def seconds(
             stages.append(known if known is not None else loading if copies else 0)
         else:
             stages.append(time("allocate", [r for r in by_rule if r not in again]))
-        if cell.model.low_memory and copies and not exports:
+        if drops_reference(cell.baseline, cell.model) and not exports:
             stages.append(loading)  # the reference, once more
     return None if None in stages else sum(stages)
 

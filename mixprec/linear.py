@@ -68,9 +68,14 @@ class PackedLinear(torch.nn.Linear):
         return multiply(x, self._packed, self.bias)
 
 
+def packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """True where products of weights that were packed are faster."""
+    return dtype == torch.float32 and device.type == "cpu" and _HAS_ONEDNN
+
+
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """What `multiply` takes for `weight` [out_features, in_features]: packed if that is faster."""
-    if weight.dtype == torch.float32 and weight.device.type == "cpu" and _HAS_ONEDNN:
+    if packs(weight.device, weight.dtype):
         return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
     return weight
 
@@ -110,8 +115,6 @@ def can_pack(module: torch.nn.Module) -> bool:
     """True for a linear that PackedLinear can replace: on an x86 CPU, float32, of bfloat16 values."""
     return (
         isinstance(module, torch.nn.Linear)
-        and module.weight.device.type == "cpu"
-        and module.weight.dtype == torch.float32
-        and _HAS_ONEDNN
+        and packs(module.weight.device, module.weight.dtype)
         and torch.equal(module.weight.bfloat16().float(), module.weight)
     )

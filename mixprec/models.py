@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import torch
 from filelock import FileLock
 
+from mixprec import experts
 from mixprec.cell import PACKAGED_MODEL, ConfigError, Model, is_folder
 from mixprec.schemes import Layer
 
@@ -166,9 +167,9 @@ def load(checkpoint: Checkpoint, model: Model) -> torch.nn.Module:
     device is a CPU the arithmetic on them is float32, which is as fast as bfloat16 or faster there
     and exact on the same values.
     """
-    loaded = _from_pretrained(checkpoint, model, model.device_map)
+    loaded = experts.separate(_from_pretrained(checkpoint, model, model.device_map))
     if model.device_map is None:
-        loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+        loaded.to(device())
     return loaded.to(arithmetic(model, loaded.device)).requires_grad_(False)
 
 
@@ -187,15 +188,25 @@ def release_from_auto_round() -> None:
 def _from_pretrained(checkpoint: Checkpoint, model: Model, device_map: str | None):
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded, info = AutoModelForCausalLM.from_pretrained(
         checkpoint.folder,
         dtype=torch.bfloat16,
         use_safetensors=True,
         trust_remote_code=model.trust_remote_code,
         device_map=device_map,
+        output_loading_info=True,
     )
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random ones
+        raise ConfigError(
+            f"model.path={model.path}: {len(missing)} weights are missing, such as {missing[0]}"
+        )
     _assert_no_hub_kernels()
     return loaded.eval()
+
+
+def device() -> torch.device:
+    """Where a model is that no `device_map` spreads over several."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def arithmetic(model: Model, device: torch.device) -> torch.dtype:
@@ -222,7 +233,8 @@ def load_tokenizer(checkpoint: Checkpoint, model: Model):
 def quantized_layers(model: torch.nn.Module) -> list[Layer]:
     """The linears that are quantized, in the order in which the network applies them.
 
-    All linears but the output head: `lm_head` and the embeddings stay in BF16, as in the report.
+    All linears but the output head: `lm_head` and the embeddings stay in BF16, as in the report. Of a
+    mixture of experts, each expert's own (`experts.separate`) and not the router.
     """
     head = model.get_output_embeddings()
     return [

@@ -197,17 +197,34 @@ def _auto_round(
 
 def reload(folder: Path, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """The exported model, loaded from disk with the kernels of BACKENDS."""
-    from transformers import AutoModelForCausalLM, AutoRoundConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoRoundConfig
 
     backend = BACKENDS.get(device.type)
     kernels = {"quantization_config": AutoRoundConfig(backend=backend)} if backend else {}
-    return (
-        AutoModelForCausalLM.from_pretrained(
+    with _merging_kept(AutoConfig.from_pretrained(folder).model_type):
+        model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, device_map=str(device), **kernels
         )
-        .eval()
-        .requires_grad_(False)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _merging_kept(architecture: str) -> Iterator[None]:
+    """Undo what auto-round does to transformers when it reads a model: experts are no longer merged.
+
+    It stays so for the whole process, and the next reference would have random experts.
+    """
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
     )
+
+    mapping = get_checkpoint_conversion_mapping(architecture)
+    try:
+        yield
+    finally:
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(architecture, mapping, overwrite=True)
 
 
 def came_back(model: torch.nn.Module, allocation: dict[str, str]) -> str:

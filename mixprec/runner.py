@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mixprec import data, models, provenance, quantize, tracking
-from mixprec.allocate import Request, allocate, loads_a_copy
+from mixprec.allocate import Request, allocate, drops_reference
 from mixprec.cell import Cell, Config, check_divides, digest
 from mixprec.evaluate import harness, kl, vllm
 from mixprec.models import Checkpoint
@@ -81,7 +81,7 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
             file = cache / "reference" / f"{cell.model.name}-{key[:16]}.safetensors"
             reference = kl.Reference.of(model, tokens, file)
 
-    if cell.model.low_memory and loads_a_copy(cell.baseline):
+    if drops_reference(cell.baseline, cell.model):
         loaded = model = None  # the last references: what forget() drops is freed
         forget()
     with stage("allocate"):

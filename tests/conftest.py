@@ -40,6 +40,15 @@ def tiny(tmp_path_factory):
     return {name: _tiny_model(name, tmp_path_factory.mktemp(name)) for name in ARCHITECTURES}
 
 
+@pytest.fixture(scope="session")
+def tiny_moe(tmp_path_factory):
+    """Folder of a tiny random Qwen3-MoE: three blocks, of which the second is dense."""
+    return _tiny_model(
+        "qwen3_moe", tmp_path_factory.mktemp("qwen3_moe"), num_experts=6, num_experts_per_tok=2,
+        moe_intermediate_size=96, norm_topk_prob=True, mlp_only_layers=[1],
+    )  # fmt: skip
+
+
 def tiny_overrides(folder: Path, *, bos: bool = False) -> list[str]:
     """A tiny model on two documents of two tasks: a cell of seconds."""
     return [
@@ -49,7 +58,8 @@ def tiny_overrides(folder: Path, *, bos: bool = False) -> list[str]:
     ]  # fmt: skip
 
 
-def _tiny_model(architecture: str, folder: Path) -> Path:
+def _tiny_model(architecture: str, folder: Path, **more) -> Path:
+    """more: of its configuration."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -71,13 +81,13 @@ def _tiny_model(architecture: str, folder: Path) -> Path:
     config = AutoConfig.for_model(
         architecture, vocab_size=len(vocabulary), hidden_size=64, intermediate_size=160,
         num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        max_position_embeddings=4096, tie_word_embeddings=architecture == "qwen3",
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        **{"tie_word_embeddings": architecture == "qwen3", **more},
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # initial weights of 0.02 make all distributions flat
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.mul_(5)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder

@@ -51,10 +51,11 @@ def test_what_is_stored_keeps_its_hash():
 
 
 def test_a_target_stands_in_the_budgets_place():
-    one = cell("baseline=fisher", "budget=null", "target.kl=0.30")
+    one = cell("baseline=fisher", "target.kl=0.30")
     assert one.path.endswith("/mxfp4_mxfp8/fisher-kl0.3") and one.budget is None
     assert one.settings["target"] == {"kl": 0.3}
-    assert one.hash != cell("baseline=fisher", "budget=null", "target.kl=0.2").hash
+    assert one.hash == cell("baseline=fisher", "budget=null", "target.kl=0.3").hash
+    assert one.hash != cell("baseline=fisher", "target.kl=0.2").hash
     bf16 = cell("baseline=bf16", "budget=null", "target.kl=0.3")
     assert bf16.hash == cell("baseline=bf16").hash
 
@@ -90,11 +91,10 @@ REFUSED = {
     "budget=8.1": "accepted with options mxfp4_mxfp8: 4 to 8 bits",
     "budget=nan": "accepted with options mxfp4_mxfp8: 4 to 8 bits",
     "budget=null": "accepted with options mxfp4_mxfp8: 4 to 8 bits",
-    "baseline=ours budget=null target.kl=0.3": "target.kl=0.3: baseline=ours predicts no KL; accepted with it: fisher, measured_kl",
+    "baseline=ours target.kl=0.3": "target.kl=0.3: baseline=ours predicts no KL; accepted with it: fisher, measured_kl",
     "baseline=low target.kl=0.3": "baseline=low predicts no KL; accepted with it: fisher, measured_kl",
-    "baseline=fisher target.kl=0.3": "takes the place of a budget, here 5; accepted with it: budget=null",
-    "baseline=fisher budget=null target.kl=0": "target.kl=0: accepted: a number greater than 0",
-    "baseline=fisher budget=null target.kl=nan": "target.kl=nan: accepted: a number greater than 0",
+    "baseline=fisher target.kl=0": "target.kl=0: accepted: a number greater than 0",
+    "baseline=fisher target.kl=nan": "target.kl=nan: accepted: a number greater than 0",
     "target=0.3": "target",
     "baseline.takes=[x]": "baseline.takes=x: accepted: target, fused",
     "baseline=ours fused=true": "baseline=ours gives each layer a scheme of its own; accepted with it: fisher, measured_kl, modelopt",
@@ -130,6 +130,7 @@ REFUSED = {
     "tuning.iter=5": "did you mean iters? accepted: batch_size, iters, samples, tokens",
     "eval.engine=vllm": "eval.engine=vllm: options mxfp4_mxfp8 are rounded in memory and not exported",
     "calibration.samples=0": "calibration.samples=0: accepted: a number greater than 0",
+    "calibration.unreached=skip baseline=fisher": "unreached=skip: accepted: refuse, lowest",
     "eval.kl=null": "eval.kl",
     "eval=null": "Config group override must be a string",
     "budget=[1": "no viable alternative",

@@ -145,6 +145,16 @@ def test_text_that_is_too_short_says_so(tokenizer):
         data.calibration_texts(cfg.calibration, tokenizer, CACHE)
 
 
+@pytest.mark.parametrize("filler", ["<|im_end|>", "<|endoftext|>"])
+def test_text_that_is_all_padding_says_so(tokenizer, filler, monkeypatch):
+    monkeypatch.setattr(data, "_texts", lambda *_: [filler * 300, filler * 300 + " a word"])
+    calibration = configuration("calibration.samples=2", "calibration.tokens=256").calibration
+    with pytest.raises(
+        ConfigError, match=r"^calibration: a sample is nothing but <\|\w+\|>; accepted"
+    ):
+        data.calibration_texts(calibration, tokenizer, CACHE)
+
+
 def test_a_limit_takes_the_same_documents_spread_over_a_task():
     first = spread(10_000, 50, 1234, "hellaswag")
     assert first == sorted(set(first)) and len(first) == 50

@@ -101,6 +101,18 @@ def test_two_copies_of_32b_do_not_fit_one_gpu_and_one_does():
     assert not any("memory" in line for line in elsewhere)
 
 
+def test_scoring_by_block_needs_a_block_and_not_the_model():
+    overrides = ["model=qwen3_8b", "baseline=fisher", "budget=5"]
+    size = size_of(cell(*overrides).model)
+    for where, which, width in ((machine(500), 0, 4), (machine(500, [80]), 1, 2)):
+        whole, by_block = (
+            memory(cell(*overrides, f"model.low_memory={low}"), size, where, [])["score"]
+            for low in (False, True)
+        )
+        assert whole[which] > width * size.parameters
+        assert by_block[which] < 0.3 * width * size.parameters
+
+
 def test_low_memory_is_not_part_of_a_cells_identity():
     assert cell("model.low_memory=true").hash == cell().hash == cell("plan=true").hash
 

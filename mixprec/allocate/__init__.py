@@ -38,7 +38,7 @@ class Request:
     calibration: Calibration | None = None
     cache: Path | None = None
     note: Callable[[str, object], None] = lambda key, value: None  # into result.json's `notes`
-    reference: torch.nn.Module | None = None  # the unquantized model; None if loads_a_copy
+    reference: torch.nn.Module | None = None  # None if drops_reference
     target_kl: float | None = None  # predicted, in nats per token, to be reached; None: a budget
     fused: bool = False  # linears that kernels fuse get one scheme
 
@@ -47,8 +47,7 @@ def allocate(
     layers: list[Layer], schemes: list[Scheme], budget: float | None, request: Request
 ) -> Allocation:
     """The allocation that `request.baseline` makes; never above the budget."""
-    rule = importlib.import_module(f"mixprec.allocate.{request.baseline.rule}")
-    allocation = rule.allocate(layers, schemes, budget, request)
+    allocation = _rule(request.baseline).allocate(layers, schemes, budget, request)
     if set(allocation) != {layer.name for layer in layers}:
         raise RuntimeError(f"{request.baseline.name} allocated other layers than it was given")
     if budget is not None and (bits := realised_bits(layers, allocation)) > budget:
@@ -58,8 +57,20 @@ def allocate(
 
 def loads_a_copy(baseline: Baseline) -> bool:
     """True if the rule loads the model's weights once more; False if it needs the reference, if any."""
-    rule = importlib.import_module(f"mixprec.allocate.{baseline.rule}")
-    return getattr(rule, "LOADS_A_COPY", False)
+    return getattr(_rule(baseline), "LOADS_A_COPY", False)
+
+
+def drops_reference(baseline: Baseline, model: Model) -> bool:
+    """True if the reference is dropped while the rule reads the model's weights by itself.
+
+    With low_memory: a rule that loads a copy, or one with scores, which then come from the
+    checkpoint's files, one block at a time in memory (blocks.py).
+    """
+    return model.low_memory and (loads_a_copy(baseline) or hasattr(_rule(baseline), "score"))
+
+
+def _rule(baseline: Baseline):
+    return importlib.import_module(f"mixprec.allocate.{baseline.rule}")
 
 
 def fill(layers: list[Layer], lowest: Scheme, higher: Scheme, budget: float) -> Allocation:

@@ -1,21 +1,24 @@
 """One forward and backward pass over calibration text that shows every linear what it needs to be scored.
 
-Only activations get gradients. The model's blocks are computed again on the way back (activation
-checkpointing), so what is kept does not grow with depth and thousands of tokens fit in one pass: each
-weight is then rounded and packed once. Logits exist for LOGITS_AT_ONCE tokens at a time.
+Only activations get gradients. The model's blocks are computed again on the way back, so nothing of
+their insides is kept. A model in memory does this by activation checkpointing, TOKENS_AT_ONCE at a
+time; a checkpoint's `Blocks` are loaded once on the way there and once on the way back, each for all
+tokens. Logits exist for LOGITS_AT_ONCE tokens at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from mixprec.allocate.blocks import Blocks
 from mixprec.cell import ConfigError
+from mixprec.experts import expert_of
 from mixprec.linear import Seen, multiply, pack
 from mixprec.rounding import round_mx
 from mixprec.schemes import Layer, Scheme
@@ -25,7 +28,7 @@ LOGITS_AT_ONCE = 256
 
 
 def totals(
-    model: torch.nn.Module,
+    model: torch.nn.Module | Blocks,
     tokens: torch.Tensor,
     layers: list[Layer],
     schemes: list[Scheme],
@@ -39,43 +42,65 @@ def totals(
               they are those of n tokens of that sequence from `start` on; it may change logits
     score:    (error, x, g, back) -> one number for each token, [tokens], of an option's `Error`
 
-    Logits are taken to be the output head's own, as in `evaluate.kl`. Raises ConfigError for a layer
-    that not every token reaches.
+    NaN for an expert that no token reaches. Logits are taken to be the output head's own, as in
+    `evaluate.kl`. Raises ConfigError for any other layer that not every token reaches.
     """
-    sums = np.zeros((len(tokens), len(layers), len(schemes)))
-    reached, rounded = set(), Inputs()
+    sums, rounded = Sums(tokens, layers, len(schemes)), Inputs()
 
-    def seer(place: int, layer: Layer, rows: slice):
-        module = model.get_submodule(layer.name)
+    def see(name, weight, sequences, x, g, back):
+        x, g, back = (t.reshape(-1, t.shape[-1]) for t in (x, g, back))
+        for option, scheme in enumerate(schemes):
+            error = Error(weight, scheme, rounded, x)
+            sums.add(name, option, sequences, score(error, x, g, back))
 
-        def see(x, g, back):
-            x, g, back = (t.reshape(-1, t.shape[-1]) for t in (x, g, back))
-            count = rows.stop - rows.start
-            if len(x) != count * tokens.shape[1]:
-                raise ConfigError(f"{layer.name}: not every token reaches it; it cannot be scored")
-            reached.add(layer)
-            for option, scheme in enumerate(schemes):
-                error = Error(module.weight, scheme, rounded, x)
-                each = score(error, x, g, back).double().reshape(count, -1)
-                sums[rows, place, option] += each.sum(1).cpu().numpy()
-
-        return see
-
-    for rows in batches(tokens):
-        with _seen(model, {la.name: seer(i, la, rows) for i, la in enumerate(layers)}):
-            hidden = _hidden(model, tokens[rows])
-            hidden.backward(_from_head(model, hidden.detach(), rows, gradient))
-    for layer in layers:
-        if layer not in reached:
-            raise ConfigError(f"{layer.name}: no calibration token reaches it; it cannot be scored")
-    return sums
+    backward = _through_blocks if isinstance(model, Blocks) else _through_model
+    backward(model, tokens, [layer.name for layer in layers], gradient, see)
+    return sums.of_all()
 
 
-def batches(tokens: torch.Tensor) -> Iterator[slice]:
+class Sums:
+    """What tokens add up to: by sequence, layer and option."""
+
+    def __init__(self, tokens: torch.Tensor, layers: list[Layer], options: int):
+        self._places = {layer.name: place for place, layer in enumerate(layers)}
+        self._sums = np.zeros((len(tokens), len(layers), options))
+        self._reached: set[str] = set()
+
+    def add(self, layer: str, option: int, sequences: torch.Tensor, each: torch.Tensor) -> None:
+        """each: one number for each token that reached `layer`; sequences: whose token it is.
+
+        Raises ConfigError if they are not as many, as where a layer is skipped for some tokens.
+        """
+        if len(each) != len(sequences):
+            raise ConfigError(f"{layer}: not every token reaches it; it cannot be scored")
+        np.add.at(
+            self._sums[:, self._places[layer], option],
+            sequences.numpy(),
+            each.double().cpu().numpy(),
+        )
+        self._reached.add(layer)
+
+    def of_all(self) -> np.ndarray:
+        """float64 [sequences, layers, options]; NaN for a layer of an expert that no token reached.
+
+        Raises ConfigError for any other layer that none reached.
+        """
+        for layer, place in self._places.items():
+            if layer not in self._reached:
+                if expert_of(layer) is None:
+                    raise ConfigError(
+                        f"{layer}: no calibration token reaches it; it cannot be scored"
+                    )
+                self._sums[:, place] = np.nan
+        return self._sums
+
+
+def batches(tokens: torch.Tensor) -> list[slice]:
     """Rows of `tokens` [sequences, tokens] that go through the model together."""
     at_once = max(1, TOKENS_AT_ONCE // tokens.shape[1])
-    for start in tqdm(range(0, len(tokens), at_once), desc="scores", leave=False):
-        yield slice(start, min(start + at_once, len(tokens)))
+    return [
+        slice(start, min(start + at_once, len(tokens))) for start in range(0, len(tokens), at_once)
+    ]
 
 
 class Error:
@@ -139,28 +164,59 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vecdot(a.float(), b.float())
 
 
-@contextmanager
-def _seen(model: torch.nn.Module, seers: dict[str, Callable]):
-    """`model` with its linears as `Seen` and its blocks checkpointed; afterwards as it was."""
+# --- a forward pass alone -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def forward(
+    model: torch.nn.Module | Blocks, tokens: torch.Tensor, names: list[str], see: Callable
+) -> None:
+    """Run `tokens` up to the output head; see(name, weight, sequences, x) at each linear of `names`.
+
+    x: the linear's input [..., in_features]; sequences: for each row of it, whose token it is.
+    """
+
+    def watch(stack: ExitStack, root, prefix, rows):
+        for name, module in _within(root, prefix, names):
+
+            def hook(module, inputs, name=name):
+                see(name, module.weight, _sequences(root, prefix, name, rows, tokens), *inputs)
+
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+
+    if isinstance(model, Blocks):
+        for _ in _boundaries(model, tokens, watch):
+            pass
+        return
+    for rows in tqdm(batches(tokens), desc="scores", leave=False):
+        with ExitStack() as stack:
+            watch(stack, model, "", rows)
+            model.base_model(input_ids=tokens[rows].to(model.device), use_cache=False)
+
+
+# --- backward through a model in memory ---------------------------------------------------------
+
+
+def _through_model(model, tokens, names, gradient, see) -> None:
+    """Afterwards the model is as it was."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    with ExitStack() as stack:
-        for name, see in seers.items():
-            module = model.get_submodule(name)
-            _replace(stack, module, _seen_forward(module, see))
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                _replace(stack, module, _checkpointed(module.forward))
-        hook = model.get_input_embeddings().register_forward_hook(
-            lambda _, inputs, output: output.requires_grad_()
-        )
-        stack.callback(hook.remove)
-        yield
-
-
-def _seen_forward(module: torch.nn.Module, see: Callable) -> Callable:
-    forward, weight = module.forward, module.weight
-    return lambda x: Seen.apply(x, forward, weight, see)
+    head = model.get_output_embeddings()
+    for rows in tqdm(batches(tokens), desc="scores", leave=False):
+        with ExitStack() as stack:
+            _show(stack, model, "", names, rows, tokens, see)
+            for module in model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    _replace(stack, module, _checkpointed(module.forward))
+            hook = model.get_input_embeddings().register_forward_hook(
+                lambda _, inputs, output: output.requires_grad_()
+            )
+            stack.callback(hook.remove)
+            with torch.enable_grad():
+                ids = tokens[rows].to(model.device)
+                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            back = pack(head.weight.to(hidden.dtype).T)
+            hidden.backward(_from_head(head, back, hidden.detach(), rows, gradient))
 
 
 def _checkpointed(forward: Callable) -> Callable:
@@ -168,6 +224,92 @@ def _checkpointed(forward: Callable) -> Callable:
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return checkpointed
+
+
+# --- backward through a checkpoint, one block at a time in memory -------------------------------
+
+
+def _through_blocks(blocks, tokens, names, gradient, see) -> None:
+    with torch.no_grad():
+        inputs = list(_boundaries(blocks, tokens))
+    back = _into_last(blocks, inputs.pop(), tokens, gradient)
+    for place in tqdm(reversed(range(len(blocks))), desc="scores", total=len(blocks), leave=False):
+        _into_block(blocks, place, inputs.pop(), back, tokens, names, see)
+
+
+def _boundaries(blocks, tokens, watch: Callable | None = None) -> Iterator[torch.Tensor]:
+    """Every block's inputs and the last one's output, [sequences, tokens, hidden size], on the CPU."""
+    hidden = blocks.embedded(tokens)
+    for place in tqdm(range(len(blocks)), desc="forward", leave=False):
+        yield hidden
+        hidden = _through_block(blocks, place, hidden, tokens, watch)
+    yield hidden
+
+
+def _through_block(blocks, place, hidden, tokens, watch) -> torch.Tensor:
+    block, output = blocks.block(place), torch.empty_like(hidden)
+    for rows in batches(tokens):
+        with ExitStack() as stack:
+            if watch is not None:
+                watch(stack, block, f"{blocks.name(place)}.", rows)
+            output[rows] = blocks.run(place, block, hidden[rows].to(blocks.device)).cpu()
+    return output
+
+
+def _into_last(blocks, output, tokens, gradient) -> torch.Tensor:
+    """The gradient at the last block's output; it takes its place in memory."""
+    norm, head = blocks.norm(), blocks.head()
+    for rows in batches(tokens):
+        x = output[rows].to(blocks.device).requires_grad_()
+        with torch.enable_grad():
+            normed = norm(x)
+        normed.backward(_from_head(head, head.weight.T, normed.detach(), rows, gradient))
+        output[rows] = x.grad.cpu()
+    return output
+
+
+def _into_block(blocks, place, inputs, back, tokens, names, see) -> None:
+    """back: the gradient at the block's output, which becomes the one at its input."""
+    block = blocks.block(place)
+    for rows in batches(tokens):
+        x = inputs[rows].to(blocks.device).requires_grad_()
+        with ExitStack() as stack, torch.enable_grad():
+            _show(stack, block, f"{blocks.name(place)}.", names, rows, tokens, see)
+            blocks.run(place, block, x).backward(back[rows].to(blocks.device))
+        back[rows] = x.grad.cpu()
+
+
+# --- both -------------------------------------------------------------------------------------------
+
+
+def _show(stack: ExitStack, root, prefix, names, rows, tokens, see) -> None:
+    """While `stack` is open, show `see` what the linears `names` in `root` have on the way back."""
+
+    def shown(forward, weight, name):
+        def show(x, g, back):
+            see(name, weight, _sequences(root, prefix, name, rows, tokens), x, g, back)
+
+        return lambda x: Seen.apply(x, forward, weight, show)
+
+    for name, module in _within(root, prefix, names):
+        _replace(stack, module, shown(module.forward, module.weight, name))
+
+
+def _within(root, prefix: str, names: list[str]) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Those of the modules `names` of the model that are in `root`, whose names begin with `prefix`."""
+    for name in names:
+        if name.startswith(prefix):
+            yield name, root.get_submodule(name.removeprefix(prefix))
+
+
+def _sequences(root, prefix: str, name: str, rows: slice, tokens: torch.Tensor) -> torch.Tensor:
+    """The sequence of each token that reaches the linear `name`, if `rows` have just gone through."""
+    length = tokens.shape[1]
+    if (expert := expert_of(name)) is None:
+        return torch.arange(rows.start, rows.stop).repeat_interleave(length)
+    experts, which = expert
+    reached = root.get_submodule(experts.removeprefix(prefix)).tokens[which]
+    return rows.start + reached.cpu() // length
 
 
 def _replace(stack: ExitStack, module: torch.nn.Module, forward: Callable) -> None:
@@ -179,24 +321,19 @@ def _replace(stack: ExitStack, module: torch.nn.Module, forward: Callable) -> No
         stack.callback(lambda: setattr(module, "forward", before))
 
 
-@torch.enable_grad()
-def _hidden(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """The output head's inputs, [sequences, tokens, hidden size], with a graph."""
-    return model.base_model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
-
-
 @torch.no_grad()
 def _from_head(
-    model: torch.nn.Module, hidden: torch.Tensor, rows: slice, gradient: Callable
+    head: torch.nn.Module, back: torch.Tensor, hidden: torch.Tensor, rows: slice, gradient: Callable
 ) -> torch.Tensor:
-    """`gradient` of the logits, taken back through the output head; like `hidden`."""
-    head = model.get_output_embeddings()
-    packed = pack(head.weight.to(hidden.dtype).T)
+    """`gradient` of the logits, taken back through the output head; like `hidden`.
+
+    back: the head's weight, transposed, as `multiply` takes it.
+    """
     result = torch.empty_like(hidden)
     for place, sequence in enumerate(range(rows.start, rows.stop)):
         for start in range(0, hidden.shape[1], LOGITS_AT_ONCE):
             part = slice(start, start + LOGITS_AT_ONCE)
             logits = head(hidden[place, part].to(head.weight.device)).float()
             sent = gradient(logits, sequence, start).to(hidden.dtype)
-            result[place, part] = multiply(sent, packed).to(hidden.device)
+            result[place, part] = multiply(sent, back).to(hidden.device)
     return result

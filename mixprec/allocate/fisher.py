@@ -21,6 +21,7 @@ import torch
 
 from mixprec.allocate import scores
 from mixprec.allocate.backward import totals
+from mixprec.allocate.blocks import Blocks
 from mixprec.schemes import Layer, Scheme
 
 SEED = 0  # of the signs
@@ -34,7 +35,10 @@ def allocate(layers, schemes, budget, request) -> dict[str, str]:
 
 
 def score(
-    model: torch.nn.Module, tokens: torch.Tensor, layers: list[Layer], schemes: list[Scheme]
+    model: torch.nn.Module | Blocks,
+    tokens: torch.Tensor,
+    layers: list[Layer],
+    schemes: list[Scheme],
 ) -> np.ndarray:
     """Predicted KL in nats per token, float64 [sequences, layers, options]: each sequence's mean."""
 

@@ -13,6 +13,7 @@ import torch
 
 from mixprec.allocate import scores
 from mixprec.allocate.backward import totals
+from mixprec.allocate.blocks import Blocks
 from mixprec.schemes import Layer, Scheme
 
 
@@ -21,7 +22,10 @@ def allocate(layers, schemes, budget, request) -> dict[str, str]:
 
 
 def score(
-    model: torch.nn.Module, tokens: torch.Tensor, layers: list[Layer], schemes: list[Scheme]
+    model: torch.nn.Module | Blocks,
+    tokens: torch.Tensor,
+    layers: list[Layer],
+    schemes: list[Scheme],
 ) -> np.ndarray:
     """Mean over tokens of Σ g² (y' − y)², float64 [sequences, layers, options]."""
 

@@ -4,13 +4,14 @@ A signal is a function
 
     score(model, tokens, layers, schemes) -> float64 [samples, layers, options]
 
-of the unquantized model and token ids [sequences, tokens]: how much an option of a layer loses, by one
-or more samples of it. `scores.parquet` holds them, their mean and its standard error; `about.json`, of
-what they are, for whoever reads them without the model.
+of the unquantized model, in memory or as `Blocks`, and token ids [sequences, tokens]: how much an
+option of a layer loses, by one or more samples of it. `scores.parquet` holds them, their mean and its
+standard error; `about.json`, of what they are, for whoever reads them without the model.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -21,10 +22,14 @@ from filelock import FileLock
 
 from mixprec import data, models
 from mixprec.allocate import knapsack
+from mixprec.allocate.blocks import Blocks
 from mixprec.cell import ConfigError, digest
 from mixprec.evaluate.vllm import FUSED
+from mixprec.experts import expert_of
 from mixprec.schemes import BF16, Layer, Scheme
 from mixprec.store import write_json
+
+log = logging.getLogger(__name__)
 
 VERSION = 1  # raised whenever a signal means something else than before
 
@@ -36,6 +41,7 @@ def minimise(
     # BF16 loses nothing, so it is not scored, and options with and without it share their scores.
     scored = [scheme for scheme in schemes if scheme is not BF16]
     table = stored(layers, scored, request, signal, score)
+    _check_unreached(table, layers, request)
     return best(layers, schemes, table, budget, request.target_kl, tied=request.fused)
 
 
@@ -54,9 +60,13 @@ def best(
     ConfigError if none reaches it.
 
     table: as of `stored`, of all `schemes` but BF16. tied: fused layers get one scheme.
+    Experts that no token reached get the lowest option: any better one is scored as the worst of all.
     """
     samples = np.stack(table.per_sequence).reshape(len(layers), -1, len(table.per_sequence[0]))
     of_layers = table.score.to_numpy().reshape(samples.shape[:2])
+    unreached = np.isnan(of_layers).all(1)
+    samples, of_layers = np.nan_to_num(samples), of_layers.copy()
+    of_layers[unreached, 0], of_layers[unreached, 1:] = 0, np.nanmax(of_layers, initial=1.0)
     lossless = ((0, 0), (0, len(schemes) - samples.shape[1]))  # BF16, which as the highest is last
     samples, of_layers = np.pad(samples, (*lossless, (0, 0))), np.pad(of_layers, lossless)
     groups = fused(layers) if tied else [[place] for place in range(len(layers))]
@@ -94,12 +104,30 @@ def fused(layers: list[Layer]) -> list[list[int]]:
     return list(groups.values())
 
 
+def _check_unreached(table: pd.DataFrame, layers: list[Layer], request) -> None:
+    """Note the experts that no token reached. Raises ConfigError unless calibration.unreached=lowest."""
+    names = dict.fromkeys(table.layer[table.score.isna()])
+    unreached = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    if not unreached:
+        return
+    every = {layer.name.rpartition(".")[0] for layer in layers if expert_of(layer.name)}
+    found = f"no calibration token reaches {len(unreached)} of {len(every)} experts"
+    if request.calibration.unreached == "refuse":
+        some = ", ".join(unreached[:3]) + (", …" if len(unreached) > 3 else "")
+        raise ConfigError(
+            f"calibration.unreached=refuse: {found} ({some}); accepted: more calibration.samples, or "
+            "calibration.unreached=lowest, which gives them the lowest option"
+        )
+    log.warning("  %s; they get the lowest option: %s", found, ", ".join(unreached))
+    request.note("experts_unreached", unreached)
+
+
 def stored(layers, schemes, request, signal: str, score: Callable) -> pd.DataFrame:
     """Columns layer, option, bits, score, stderr, per_sequence; each layer's options, in order.
 
     Made once, even by many processes that start together. score is the mean of per_sequence and
     stderr its standard error, because tokens of one sequence are not independent; NaN for one sample.
-    Raises FloatingPointError if a score is not finite.
+    Raises FloatingPointError if a score is not finite; an expert's that no token reached are NaN.
     """
     checkpoint = models.checkpoint(request.model, request.cache)
     tokenizer = models.load_tokenizer(checkpoint, request.model)
@@ -109,7 +137,11 @@ def stored(layers, schemes, request, signal: str, score: Callable) -> pd.DataFra
         texts = data.calibration_texts(calibration, tokenizer, request.cache)
         rows = [tokenizer(text).input_ids[: calibration.tokens] for text in texts]
     names = [scheme.name for scheme in schemes]
-    arithmetic = str(request.reference.dtype)
+    model = request.reference
+    if model is None:
+        device = models.device()
+        model = Blocks(checkpoint.folder, models.arithmetic(request.model, device), device)
+    arithmetic = str(model.dtype)
     key = digest([VERSION, signal, checkpoint.fingerprint, names, rows, arithmetic])
     folder = request.cache / "scores" / f"{request.model.name}-{key[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +149,7 @@ def stored(layers, schemes, request, signal: str, score: Callable) -> pd.DataFra
     with FileLock(folder / "lock"):
         request.note("scores_stored", file.is_file())
         if not file.is_file():
-            samples = score(request.reference, torch.tensor(rows), layers, schemes)
+            samples = score(model, torch.tensor(rows), layers, schemes)
             table = _table(samples, layers, schemes)
             aside = file.with_suffix(".tmp")
             table.to_parquet(aside, index=False)
@@ -145,7 +177,8 @@ def _table(samples: np.ndarray, layers, schemes) -> pd.DataFrame:
     n = len(samples)
     table["stderr"] = np.nan if n == 1 else (samples.std(0, ddof=1) / math.sqrt(n)).ravel()
     table["per_sequence"] = list(samples.reshape(n, -1).T)
-    if len(bad := table[~np.isfinite(table.score)]):
+    unreached = np.isnan(samples).all((0, 2)) & [expert_of(la.name) is not None for la in layers]
+    if len(bad := table[~np.isfinite(table.score) & ~unreached.repeat(len(schemes))]):
         layer, option = bad.iloc[0][["layer", "option"]]
         raise FloatingPointError(f"{layer}: its score in {option} is not finite")
     return table
