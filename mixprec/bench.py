@@ -403,7 +403,7 @@ def blocks(layers: int) -> dict:
 
 
 def _blocks(layers: int) -> dict:
-    """Peak bytes above what was there before, scoring a random Llama of so many blocks."""
+    """Peak bytes above the imported libraries', scoring a random Llama of so many blocks."""
     import torch
     from transformers import LlamaConfig
 
@@ -417,6 +417,7 @@ def _blocks(layers: int) -> dict:
     )  # fmt: skip
     tokens = torch.randint(5, config.vocab_size, (2, 64), generator=torch.manual_seed(0))
     schemes = [SCHEMES["mxfp4"], SCHEMES["mxfp8"]]
+    memory = _Memory()
     with tempfile.TemporaryDirectory() as place:
         shapes = _write_random(config, Path(place))
         linears = [
@@ -425,7 +426,7 @@ def _blocks(layers: int) -> dict:
             if "_proj" in name
         ]
         start = time.perf_counter()
-        with _Memory() as memory:
+        with memory:
             checkpoint = Blocks(Path(place), torch.float32, torch.device("cpu"))
             scores = fisher.score(checkpoint, tokens, linears, schemes)
         seconds = time.perf_counter() - start
@@ -482,19 +483,20 @@ def _write_random(config, folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 class _Memory:
-    """Peak memory above what was there before, in bytes, sampled every 5 ms by a thread.
+    """Peak memory in bytes above what there was when this was made, sampled every 5 ms by a thread.
 
     anonymous: what the process allocated; resident: with the pages of mapped files.
     """
 
-    def __enter__(self) -> _Memory:
+    def __init__(self):
         gc.collect()
         self.before = dict(zip(("anonymous", "resident"), self._now(), strict=True))
         self.anonymous = self.resident = 0
+
+    def __enter__(self) -> None:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
-        return self
 
     def __exit__(self, *_) -> None:
         self._done.set()

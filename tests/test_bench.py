@@ -1,5 +1,9 @@
 """The arithmetic of the benchmark; the measurements themselves are not tests."""
 
+import time
+
+import torch
+
 from mixprec import bench
 
 
@@ -15,3 +19,13 @@ def test_answers_are_compared_request_by_request():
     assert found["requests"] == 2
     assert abs(found["largest_relative_difference"] - 1e-4) < 1e-9
     assert found["greedy_differs"] == [{"task": "piqa", "ours": -4.0, "hflm": -4.0}]
+
+
+def test_memory_is_what_is_allocated_meanwhile():
+    memory = bench._Memory()
+    before = torch.ones(25_000_000)
+    with memory:
+        more = torch.ones(25_000_000)
+        time.sleep(0.1)
+    assert 2e8 <= memory.anonymous < 2.5e8 and memory.resident >= 2e8
+    assert before.sum() == more.sum()
