@@ -38,25 +38,32 @@ def keep_memory() -> None:
 
 
 class PackedLinear(torch.nn.Linear):
-    """A linear for inference that multiplies with what was packed last; at first, its weight.
+    """A linear for inference that multiplies with what was packed last; at first, its own weight.
 
-    weight: [out_features, in_features] as the linear had it, in bfloat16, or, if it is tied to
-    another module's and in memory anyway, in float32; packing changes it not.
+    weight: its own, [out_features, in_features], whatever is packed. A parameter if it is tied to one
+    that is in memory anyway; else in bfloat16, and held beside what is packed only while that is
+    another: what is packed of it gives it back exactly.
     """
 
     def __init__(self, linear: torch.nn.Linear, *, tied: bool = False):
-        super().__init__(
-            linear.in_features, linear.out_features, linear.bias is not None, device="meta"
-        )
-        self.weight = linear.weight
-        if not tied:
-            self.weight = torch.nn.Parameter(linear.weight.data.bfloat16(), requires_grad=False)
+        torch.nn.Module.__init__(self)  # Linear's own would make a weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        self.pack(self.weight.data)
+        if tied:
+            self.weight = linear.weight
+        self._own: torch.Tensor | None = None
+        self._packed = pack(linear.weight.data.float())
 
-    def pack(self, weight: torch.Tensor) -> None:
-        """Multiply with `weight` [out_features, in_features] from now on."""
-        self._packed = pack(weight.float())
+    def __getattr__(self, name: str):
+        if name == "weight" and "_packed" in self.__dict__ and name not in self._parameters:
+            return self.packed.bfloat16() if self._own is None else self._own
+        return super().__getattr__(name)
+
+    def pack(self, weight: torch.Tensor | None) -> None:
+        """Multiply with `weight` [out_features, in_features] from now on; None: with its own."""
+        own = self.weight.data
+        self._packed = pack((own if weight is None else weight).float())
+        self._own = None if weight is None or "weight" in self._parameters else own
 
     @property
     def packed(self) -> torch.Tensor:
@@ -92,22 +99,24 @@ def multiply(
 class Seen(torch.autograd.Function):
     """A linear for a backward pass through activations alone, in which `see` is called once.
 
-    see(x, g, back): the linear's input [..., in_features], the gradient at its output
-    [..., out_features], and the one at its input, g W [..., in_features].
+    see(weight, x, g, back): the linear's weight [out_features, in_features], its input
+    [..., in_features], the gradient at its output [..., out_features], and the one at its input,
+    g W [..., in_features].
     """
 
     @staticmethod
-    def forward(ctx, x, linear, weight, see):
-        """x W, computed by `linear`; weight: [out_features, in_features]."""
+    def forward(ctx, x, module, forward, see):
+        """x W, computed by `forward`, the module's own."""
         ctx.save_for_backward(x)
-        ctx.weight, ctx.see = weight, see
-        return linear(x)
+        ctx.module, ctx.see = module, see
+        return forward(x)
 
     @staticmethod
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
-        back = multiply(g.contiguous(), pack(ctx.weight.to(g.dtype).T))
-        ctx.see(x, g, back)
+        weight = ctx.module.weight  # now: a packed linear has to make it
+        back = multiply(g.contiguous(), pack(weight.to(g.dtype).T))
+        ctx.see(weight, x, g, back)
         return back, None, None, None
 
 

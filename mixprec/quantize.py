@@ -66,8 +66,9 @@ class InMemory:
         module = self._modules[name]
         if name in self._hooks:
             self._hooks.pop(name).remove()
-        if isinstance(module, PackedLinear):
-            reference = module.weight.data
+        packed = isinstance(module, PackedLinear)
+        if packed:
+            reference = module.weight
         else:
             if name not in self._reference:
                 self._reference[name] = module.weight.data.to("cpu", torch.bfloat16, copy=True)
@@ -78,9 +79,10 @@ class InMemory:
         elif scheme is BF16:
             weight = reference
         else:
-            weight = round_mx(reference.to(module.weight.device), scheme.bits)
-        if isinstance(module, PackedLinear):
-            module.pack(weight)
+            device = reference.device if packed else module.weight.device
+            weight = round_mx(reference.to(device), scheme.bits)
+        if packed:
+            module.pack(None if tuned is None and scheme is BF16 else weight)
         else:
             module.weight.data.copy_(weight)
         if scheme.activations:

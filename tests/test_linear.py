@@ -43,10 +43,18 @@ def test_another_weight_takes_its_place_and_leaves_its_own():
     assert torch.equal(packed.weight, own)
 
 
-def test_a_tied_weight_is_not_held_twice():
+def test_a_weight_is_held_beside_what_is_packed_only_while_that_is_anothers():
     layer = linear()
-    assert PackedLinear(layer, tied=True).weight is layer.weight
-    assert PackedLinear(layer).weight.dtype == torch.bfloat16
+    tied, packed = PackedLinear(layer, tied=True), PackedLinear(layer)
+    assert tied.weight.data_ptr() == layer.weight.data_ptr()
+    tied.weight = layer.weight  # as lm-eval ties it once more
+    assert packed._own is None and packed.weight.dtype == torch.bfloat16
+    for each in (tied, packed):
+        each.pack(torch.zeros(96, 160))
+        assert torch.equal(each.weight.float(), layer.weight)
+        each.pack(torch.ones(96, 160))  # another one, and then its own again
+        each.pack(None)
+        assert torch.equal(each.packed, layer.weight) and each._own is None
 
 
 def test_only_float32_linears_of_bfloat16_values_on_a_cpu_are_packed():

@@ -285,14 +285,14 @@ def _into_block(blocks, place, inputs, back, tokens, names, see) -> None:
 def _show(stack: ExitStack, root, prefix, names, rows, tokens, see) -> None:
     """While `stack` is open, show `see` what the linears `names` in `root` have on the way back."""
 
-    def shown(forward, weight, name):
-        def show(x, g, back):
+    def shown(module, forward, name):
+        def show(weight, x, g, back):
             see(name, weight, _sequences(root, prefix, name, rows, tokens), x, g, back)
 
-        return lambda x: Seen.apply(x, forward, weight, show)
+        return lambda x: Seen.apply(x, module, forward, show)
 
     for name, module in _within(root, prefix, names):
-        _replace(stack, module, shown(module.forward, module.weight, name))
+        _replace(stack, module, shown(module, module.forward, name))
 
 
 def _within(root, prefix: str, names: list[str]) -> Iterator[tuple[str, torch.nn.Module]]:
