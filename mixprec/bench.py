@@ -25,6 +25,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import mixprec.environment  # noqa: F401 - first, as in run.py
+from mixprec import bench_signals
 from mixprec.cell import FIVE_TASKS, Config
 from mixprec.store import write_json
 from mixprec.sweep import CONF, configuration
@@ -519,6 +520,23 @@ class _Memory:
         return 1024 * int(kilobytes["RssAnon"]), 1024 * int(kilobytes["VmRSS"])
 
 
+def signals(repeats: int) -> dict:
+    """Rules of allocation: KL, seconds and memory of scoring, each in a process of its own."""
+
+    def in_a_process(ask: list[str], budgets) -> dict:
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            command = [sys.executable, "-m", "mixprec.bench", "signal", "--output", file.name]
+            command += ["--ask", *ask, "--budgets", *map(str, budgets)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(ask)}: {done.stderr[-2000:]}")
+            return json.loads(Path(file.name).read_text())
+
+    result = bench_signals.compare(in_a_process, repeats, ratio)
+    bench_signals.draw(result, OUTPUT / "signals.svg")
+    return result
+
+
 def compare(ours: dict[str, list], theirs: dict[str, list]) -> dict:
     """Largest relative difference of a log-likelihood, and greedy answers that differ, with margins."""
     largest, differ, count = 0.0, [], 0
@@ -566,6 +584,12 @@ def main() -> int:
     commands.add_parser("growth", help="seconds against documents, choices, length, layers")
     by_block = commands.add_parser("blocks", help="memory of scoring a checkpoint block by block")
     by_block.add_argument("--layers", type=int, default=26, help="of 79 M weights (default: 26)")
+    rules = commands.add_parser("signals", help="rules of allocation: KL, seconds, memory")
+    rules.add_argument("--repeats", type=int, default=3, help="of what is timed (default: 3)")
+    rule = commands.add_parser("signal", help="one rule (used by `signals`)")
+    rule.add_argument("--ask", nargs="+", required=True)
+    rule.add_argument("--budgets", nargs="*", type=float, default=[])
+    rule.add_argument("--output", type=Path, required=True)
     one = commands.add_parser("measure", help="one measurement (used by the others)")
     one.add_argument("--engine", choices=["hf", "shared_prefix"], required=True)
     one.add_argument("--model", choices=["bf16", "low", "auto_round"], required=True)
@@ -577,6 +601,10 @@ def main() -> int:
     chosen = parser.parse_args()
     if chosen.command == "measure":
         chosen.output.write_text(json.dumps(measure(chosen)))
+    elif chosen.command == "signal":
+        chosen.output.write_text(json.dumps(bench_signals.measure(chosen, CACHE)))
+    elif chosen.command == "signals":
+        report("signals", signals(chosen.repeats))
     elif chosen.command == "growth":
         report("growth", growth())
     elif chosen.command == "blocks":

@@ -2,9 +2,12 @@
 
 import time
 
+import numpy as np
+import pytest
 import torch
+from conftest import cell
 
-from mixprec import bench
+from mixprec import bench, bench_signals
 
 
 def test_a_ratio_is_of_medians_with_its_extremes():
@@ -29,3 +32,23 @@ def test_memory_is_what_is_allocated_meanwhile():
         time.sleep(0.1)
     assert 2e8 <= memory.anonymous < 2.5e8 and memory.resident >= 2e8
     assert before.sum() == more.sum()
+
+
+def test_a_ratio_of_kl_is_paired_by_sequence():
+    ours, theirs = [1.0, 2.0, 3.0, 4.0], [2.0, 4.0, 6.0, 8.0]
+    exact = bench_signals._of_means(ours, theirs)
+    assert exact["median"] == 0.5 and exact["spread"] == pytest.approx([0.5, 0.5])
+    low, high = bench_signals._of_means([2.0, 1.0, 4.0, 3.0], theirs)["spread"]
+    assert low < 0.5 < high
+    # as many resamples of pairs say it, to a fifth
+    rng, a, b = np.random.default_rng(0), np.array([2.0, 1.0, 4.0, 3.0] * 8), np.array(theirs * 8)
+    draws = rng.integers(0, 32, (4000, 32))
+    spread = (a[draws].mean(1) / b[draws].mean(1)).std()
+    low, high = bench_signals._of_means(a, b)["spread"]
+    assert (high - low) / 2 == pytest.approx(spread, rel=0.2)
+
+
+def test_every_side_of_the_comparison_is_a_configuration():
+    for ask in bench_signals.SIDES.values():
+        cell(*ask, "budget=4.5")
+    assert len(cell("baseline=fisher", bench_signals.FOUR).schemes) == 4

@@ -1,0 +1,176 @@
+"""Rules of allocation side by side: KL on other text, seconds and memory of scoring.
+
+One model, one calibration text, one judge; what differs is the rule. Each measurement is a process of
+its own with an empty cache but for the checkpoint and the documents, `bench.py` takes turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+BUDGETS = (4.5, 5.0, 6.0)
+# (name, what `run.py` would be asked); measured_kl in full would take half an hour.
+SIDES = {
+    "ours": ["baseline=ours"],
+    "fisher": ["baseline=fisher"],
+    "fisher, 8 samples": ["baseline=fisher", "calibration.samples=8"],
+    "fisher, 4 samples": ["baseline=fisher", "calibration.samples=4"],
+    "modelopt": ["baseline=modelopt"],
+    "output_error": ["baseline=output_error"],
+    "weight_error": ["baseline=weight_error"],
+    "measured_kl, 2 samples": ["baseline=measured_kl", "calibration.samples=2"],
+    "head8": ["baseline=head8"],
+    "tail8": ["baseline=tail8"],
+    "random": ["baseline=random"],
+}
+FOUR = "options=mxfp4_mxfp6_mxfp8_bf16"
+TIMED = (
+    "ours",
+    "fisher",
+    "fisher, 8 samples",
+    "fisher, 4 samples",
+)  # several times; the others once
+
+
+def measure(what: argparse.Namespace, cache: Path) -> dict:
+    """Seconds and peak bytes of one rule's scoring, and KL at what.budgets, by sequence."""
+    from mixprec import data, models, provenance, quantize
+    from mixprec.allocate import Request, allocate, loads_a_copy
+    from mixprec.cell import cell_of
+    from mixprec.evaluate import kl
+    from mixprec.schemes import BF16
+    from mixprec.sweep import configuration
+
+    first = cell_of(configuration(*what.ask, f"budget={BUDGETS[0]}"))
+    with tempfile.TemporaryDirectory() as place:
+        for name in ("models", "documents", "datasets", "hashes.json"):
+            (Path(place) / name).symlink_to((cache / name).resolve())
+        checkpoint = models.checkpoint(first.model, Path(place))
+        tokenizer = models.load_tokenizer(checkpoint, first.model)
+        model = models.load(checkpoint, first.model)
+        layers = models.quantized_layers(model)
+        if alone := loads_a_copy(first.baseline):
+            del model  # as with low_memory: the memory that is measured is the rule's own
+        else:
+            in_memory = quantize.InMemory(model)
+        gc.collect()
+        provenance.reset_peak_memory()
+
+        def at(budget: float) -> dict[str, str]:
+            request = Request(
+                first.baseline, first.seed, first.model, first.calibration, Path(place),
+                reference=None if alone else model,
+            )  # fmt: skip
+            return allocate(layers, first.schemes, budget, request)
+
+        start = time.perf_counter()
+        allocations = {BUDGETS[0]: at(BUDGETS[0])}
+        seconds = time.perf_counter() - start
+        peak = provenance.peak_memory()["cpu"]
+        allocations |= {budget: at(budget) for budget in what.budgets[1:]}
+        if alone and what.budgets:
+            model = models.load(checkpoint, first.model)
+            in_memory = quantize.InMemory(model)
+        divergences = {}
+        if what.budgets:
+            tokens = data.heldout_tokens(first.eval, tokenizer, first.model.bos, Path(place))
+            reference = kl.Reference.of(model, tokens, Path(place) / "reference.safetensors")
+        for budget in what.budgets:
+            in_memory.apply({layer.name: BF16.name for layer in layers} | allocations[budget])
+            divergences[budget] = kl.divergence(model, tokens, reference)["per_sequence"]
+    return {"seconds": seconds, "peak_memory_bytes": peak, "kl": divergences}
+
+
+def compare(in_a_process, repeats: int, ratio) -> dict:
+    """in_a_process(ask, budgets) -> what `measure` returns; ratio: as of `bench`."""
+    runs: dict[str, list[dict]] = {}
+    for turn in range(repeats):
+        for side, ask in SIDES.items():
+            if turn == 0 or side in TIMED:
+                runs.setdefault(side, []).append(in_a_process(ask, BUDGETS if turn == 0 else ()))
+                print(f"  {side}: {runs[side][-1]['seconds']:.1f} s", flush=True)
+        for name in ("ours", "fisher"):
+            side = f"{name}, 4 options"
+            runs.setdefault(side, []).append(in_a_process([f"baseline={name}", FOUR], ()))
+            print(f"  {side}: {runs[side][-1]['seconds']:.1f} s", flush=True)
+    seconds = {side: [run["seconds"] for run in of_side] for side, of_side in runs.items()}
+    memory = {side: [run["peak_memory_bytes"] for run in of_side] for side, of_side in runs.items()}
+    divergences = {side: of_side[0]["kl"] for side, of_side in runs.items() if of_side[0]["kl"]}
+    ratios = {}
+    for side in TIMED[1:]:
+        ratios[f"scoring seconds, ours / {side}"] = ratio(seconds["ours"], seconds[side])
+        ratios[f"peak memory, {side} / ours"] = ratio(memory[side], memory["ours"])
+    ratios["scoring seconds, ours / fisher, 4 options"] = ratio(
+        seconds["ours, 4 options"], seconds["fisher, 4 options"]
+    )
+    for side in (*TIMED[1:], "modelopt"):
+        for budget, ours in divergences["ours"].items():
+            ratios[f"KL at {budget} bits, {side} / ours"] = _of_means(
+                divergences[side][budget], ours
+            )
+    return {
+        "repeats": repeats,
+        "ratios": ratios,
+        "kl": {
+            side: {
+                budget: {
+                    "mean": statistics.mean(of), "stderr": _stderr(of),
+                    "minus_ours": statistics.mean(of) - statistics.mean(divergences["ours"][budget]),
+                    "minus_ours_stderr": _stderr(np.subtract(of, divergences["ours"][budget])),
+                    "per_sequence": of,
+                }
+                for budget, of in by_budget.items()
+            }
+            for side, by_budget in divergences.items()
+        },
+        "seconds": seconds,
+        "peak_memory_bytes": memory,
+    }  # fmt: skip
+
+
+def draw(result: dict, file: Path) -> None:
+    """KL against bits, a line a rule, and KL at 5 bits against seconds of scoring."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    markers = "osD^v<>PX*h"
+    for marker, (side, by_budget) in zip(markers, result["kl"].items(), strict=True):
+        bits = [float(budget) for budget in by_budget]
+        means, errors = ([v[key] for v in by_budget.values()] for key in ("mean", "stderr"))
+        left.errorbar(bits, means, errors, marker=marker, label=side, capsize=2)
+        middle = by_budget["5.0"]
+        seconds = max(0.1, statistics.median(result["seconds"][side]))
+        right.errorbar(seconds, middle["mean"], middle["stderr"], marker=marker, capsize=2)
+        right.annotate(
+            side, (seconds, middle["mean"]), xytext=(5, 4), textcoords="offset points", fontsize=8
+        )
+    left.set(xlabel="bits per weight", ylabel="KL to BF16, nats per token", yscale="log")
+    left.legend(fontsize=7, ncols=2)
+    right.set(xlabel="seconds of scoring", ylabel="KL at 5 bits", xscale="log", yscale="log")
+    for axis in (left, right):
+        axis.grid(alpha=0.3, which="both")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+
+
+def _of_means(ours: list[float], theirs: list[float]) -> dict:
+    """Ratio of two means over the same sequences, ± one standard error (delta method, paired)."""
+    a, b = np.array(ours), np.array(theirs)
+    r = a.mean() / b.mean()
+    error = _stderr(a - r * b) / b.mean()
+    return {"median": r, "spread": [r - error, r + error]}
+
+
+def _stderr(values) -> float:
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
