@@ -35,7 +35,7 @@ plan: setup  ## what each experiment needs and takes (EXPERIMENT=table1 MODEL=qw
 	done
 
 reference: setup  ## the report's tables on SmolLM2-135M, 250 documents a task (an hour; resumes)
-	@for name in table1 table2 table3 table4 table4_w4_w8; do \
+	@for name in table1 table2 table3 table4 table4_w4_w8 allocators; do \
 		$(BIN)/python run.py -m experiment=$$name model=smollm2_135m eval.limit=250 || failed=1; \
 	done; exit $${failed:-0}
 
