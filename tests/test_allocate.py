@@ -1,12 +1,11 @@
 """Properties of the rules, over random architectures and budgets."""
 
 import pytest
-from conftest import cell, tiny_overrides
+from conftest import cell
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixprec import models
-from mixprec.allocate import Request, allocate, autoscheme
+from mixprec.allocate import Request, allocate
 from mixprec.schemes import SCHEMES, Layer, realised_bits
 
 SIZES = st.sampled_from([32, 64, 96, 128, 160, 576, 1536])
@@ -71,25 +70,3 @@ def test_a_rule_that_takes_too_much_is_stopped(monkeypatch):
     monkeypatch.setattr(ends, "allocate", lambda *_: {"a": "mxfp8"})
     with pytest.raises(RuntimeError, match=r"took 8\.0000 bits of 5"):
         rule("head8", layers, ("mxfp4", "mxfp8"), 5.0)
-
-
-def test_stored_scores_give_what_auto_round_gives(tiny, tmp_path, monkeypatch):
-    one = cell(*tiny_overrides(tiny["llama"]))
-    reference = models.load_for_auto_round(models.checkpoint(one.model, tmp_path), one.model)
-    layers = models.quantized_layers(reference)
-
-    def ours(budget: float, cache: str) -> tuple[dict[str, str], dict]:
-        notes = {}
-        request = Request(
-            one.baseline, None, one.model, one.calibration, tmp_path / cache, notes.__setitem__
-        )
-        return allocate(layers, one.schemes, budget, request), notes
-
-    alone = {budget: ours(budget, f"{budget}") for budget in (4.5, 6.5)}
-    assert not any(notes["autoscheme_scores_stored"] for _, notes in alone.values())
-    ours(4.5, "shared")
-    monkeypatch.setattr(autoscheme, "_autoscheme", None)  # from here on no model is loaded
-    for budget, (allocation, _) in alone.items():
-        again, notes = ours(budget, "shared")
-        assert again == allocation and notes["autoscheme_scores_stored"]
-    assert len({tuple(allocation.items()) for allocation, _ in alone.values()}) == 2
