@@ -45,11 +45,12 @@ tables: setup  ## render every experiment in results/ (TRACK=off: without a W&B 
 frontier: setup  ## predicted KL against bits for stored scores, with what was measured: results/figures
 	@$(BIN)/python -m mixprec.frontier --results $(RESULTS)
 
-bench: setup  ## measure against lm-eval and auto-round (40 minutes; leave the machine alone)
+bench: setup  ## measure against lm-eval and auto-round (an hour or more; leave the machine alone)
 	$(BIN)/python -m mixprec.bench evaluate --dtype float32
 	$(BIN)/python -m mixprec.bench evaluate --dtype bfloat16
 	$(BIN)/python -m mixprec.bench column
 	$(BIN)/python -m mixprec.bench growth
+	$(BIN)/python -m mixprec.bench signals
 	$(BIN)/python -m mixprec.bench blocks
 
 test: setup  ## run the tests

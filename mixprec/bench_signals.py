@@ -143,25 +143,30 @@ def draw(result: dict, file: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    markers = "osD^v<>PX*h"
-    for marker, (side, by_budget) in zip(markers, result["kl"].items(), strict=True):
-        bits = [float(budget) for budget in by_budget]
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
+    for place, (side, by_budget) in enumerate(result["kl"].items()):
+        style = {
+            "marker": "osD^v<>PX*h"[place],
+            "color": pyplot.get_cmap("tab20")(2 * place % 20 + place // 10),
+        }
         means, errors = ([v[key] for v in by_budget.values()] for key in ("mean", "stderr"))
-        left.errorbar(bits, means, errors, marker=marker, label=side, capsize=2)
-        middle = by_budget["5.0"]
-        seconds = max(0.1, statistics.median(result["seconds"][side]))
-        right.errorbar(seconds, middle["mean"], middle["stderr"], marker=marker, capsize=2)
-        right.annotate(
-            side, (seconds, middle["mean"]), xytext=(5, 4), textcoords="offset points", fontsize=8
+        axes[0].errorbar(
+            [float(b) for b in by_budget], means, errors, capsize=2, label=side, **style
         )
-    left.set(xlabel="bits per weight", ylabel="KL to BF16, nats per token", yscale="log")
-    left.legend(fontsize=7, ncols=2)
-    right.set(xlabel="seconds of scoring", ylabel="KL at 5 bits", xscale="log", yscale="log")
-    for axis in (left, right):
-        axis.grid(alpha=0.3, which="both")
+        seconds = max(0.1, statistics.median(result["seconds"][side]))  # 0 is on no log axis
+        middle = by_budget["5.0"]
+        axes[1].errorbar(seconds, middle["mean"], middle["stderr"], capsize=2, **style)
+    axes[0].set(xlabel="bits per weight", ylabel="KL to BF16, nats per token", yscale="log")
+    axes[1].set(xlabel="seconds of scoring (none: 0.1)", title="at 5 bits", xscale="log")
+    ticks = [0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.2, 1.5]
+    axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[0].minorticks_off()
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=6, fontsize=8)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
+    pyplot.close(figure)
 
 
 def _of_means(ours: list[float], theirs: list[float]) -> dict:
