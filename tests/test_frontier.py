@@ -13,10 +13,18 @@ from mixprec.allocate import scores
 from mixprec.store import Store, write_json
 
 
+def cache_of(results):
+    return results.with_name(f"{results.name}-cache")
+
+
 @pytest.fixture(scope="module")
 def stored(tiny, tmp_path_factory):
     """(results/ of six cells of a tiny model, the scores of fisher for it)."""
     results = tmp_path_factory.mktemp("results")
+    cache = cache_of(results)  # other tests score the same model
+    cache.mkdir()
+    for name in ("documents", "datasets"):
+        (cache / name).symlink_to(CACHE / name)
     for cells in (
         ["baseline=low"],
         ["baseline=tail8", "budget=5"],
@@ -25,10 +33,10 @@ def stored(tiny, tmp_path_factory):
         ["baseline=fisher", "budget=5", "fused=true"],
         ["baseline=fisher", "budget=9", "options=mxfp4_mxfp8_bf16"],
     ):
-        outcome = run(results, *tiny_overrides(tiny["llama"]), *cells)
+        outcome = run(results, *tiny_overrides(tiny["llama"]), *cells, f"cache='{cache}'")
         assert outcome.state == "done", outcome.message
-    of_model = frontier.stored_scores(CACHE)
-    (scored,) = (one for one in of_model if one.model == outcome.cell.model.name)
+    of_model = frontier.stored_scores(cache)
+    (scored,) = of_model
     return results, scored
 
 
@@ -69,7 +77,7 @@ def test_it_writes_a_figure_and_its_numbers_without_a_model(stored, monkeypatch,
     monkeypatch.setattr(frontier, "STEP", 0.5)
     monkeypatch.setattr(models, "load", None)
     monkeypatch.setattr(scores, "stored", None)
-    assert frontier.main(["--results", str(results), "--cache", str(CACHE)]) == 0
+    assert frontier.main(["--results", str(results), "--cache", str(cache_of(results))]) == 0
     printed = capsys.readouterr().out
     figures = {file.name for file in (results / "figures").iterdir()}
     name = f"frontier-{scored.model}-mxfp4_mxfp8"
@@ -112,7 +120,7 @@ def test_without_scores_it_says_so_in_one_line(stored, tmp_path, capsys, what):
     results, _ = stored
     asked = {
         "nothing": (tmp_path, tmp_path),
-        "scores of another model": (tmp_path, CACHE),
+        "scores of another model": (tmp_path, cache_of(results)),
         "results alone": (results, tmp_path),
     }[what]
     assert frontier.main(["--results", str(asked[0]), "--cache", str(asked[1])]) == 2

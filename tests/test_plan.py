@@ -306,16 +306,17 @@ def test_low_memory_never_has_two_copies_and_changes_nothing(tiny, tmp_path, mon
 
         monkeypatch.setattr(models, name, counted)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache/documents").symlink_to(CACHE / "documents")
-    (tmp_path / "cache/datasets").symlink_to(CACHE / "datasets")
     found = {}
     for low_memory in (True, False):
+        cache = tmp_path / f"cache-{low_memory}"  # its own: with stored scores nothing is loaded
+        cache.mkdir()
+        for name in ("documents", "datasets"):
+            (cache / name).symlink_to(CACHE / name)
         runner.forget()
         alive.clear(), most.clear()
         results = tmp_path / f"results-{low_memory}"
         overrides = [*tiny_overrides(tiny["llama"]), "budget=5", f"model.low_memory={low_memory}"]
-        done = run(results, *overrides, "baseline=ours", f"cache='{tmp_path}/cache'")
+        done = run(results, *overrides, "baseline=ours", f"cache='{cache}'")
         result = json.loads((results / done.cell.path / "result.json").read_text())
         found[low_memory] = result["metrics"], result["kl"], result["realised_bits"]
         assert len(most) == (3 if low_memory else 2)
