@@ -46,7 +46,6 @@ def measure(what: argparse.Namespace, cache: Path) -> dict:
     from mixprec.allocate import Request, allocate, loads_a_copy
     from mixprec.cell import cell_of
     from mixprec.evaluate import kl
-    from mixprec.schemes import BF16
     from mixprec.sweep import configuration
 
     first = cell_of(configuration(*what.ask, f"budget={BUDGETS[0]}"))
@@ -84,7 +83,7 @@ def measure(what: argparse.Namespace, cache: Path) -> dict:
             tokens = data.heldout_tokens(first.eval, tokenizer, first.model.bos, Path(place))
             reference = kl.Reference.of(model, tokens, Path(place) / "reference.safetensors")
         for budget in what.budgets:
-            in_memory.apply({layer.name: BF16.name for layer in layers} | allocations[budget])
+            in_memory.apply(allocations[budget])
             divergences[budget] = kl.divergence(model, tokens, reference)["per_sequence"]
     return {"seconds": seconds, "peak_memory_bytes": peak, "kl": divergences}
 

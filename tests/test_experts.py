@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import CACHE, cell, run, tiny_overrides
 from safetensors.torch import load_file
+from test_fisher import MX, loaded, some_tokens
 from test_quantize import by_auto_round, mixed
 from transformers import AutoModelForCausalLM
 
@@ -15,18 +16,7 @@ from mixprec.allocate import Request, allocate, backward, fisher
 from mixprec.cell import ConfigError
 from mixprec.schemes import SCHEMES, realised_bits
 
-MX = [SCHEMES["mxfp4"], SCHEMES["mxfp8"]]
 EVERY = 2 * 6  # experts of `tiny_moe`
-
-
-def loaded(folder):
-    one = cell(*tiny_overrides(folder))
-    model = models.load(models.checkpoint(one.model, CACHE), one.model)
-    return model, models.quantized_layers(model)
-
-
-def some_tokens(sequences=2, length=24):
-    return torch.randint(3, 250, (sequences, length), generator=torch.Generator().manual_seed(7))
 
 
 def test_separate_experts_are_the_fused_ones(tiny_moe):
