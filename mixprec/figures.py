@@ -146,17 +146,17 @@ def _forest(section: Section, budget: str, comparisons):
     axes.grid(False, axis="y")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_ylim(chart["bottom"], 0)
-    axes.set_xlabel("accuracy − that of AutoScheme, percentage points (95 % intervals)")
+    axes.set_xlabel("accuracy − AutoScheme’s, points (95 % intervals)")
     axes.legend(fontsize="x-small")
     return figure
 
 
 def _heat_maps(section: Section, budget: str, panels: list[dict]):
     from matplotlib import pyplot
-    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.patches import Patch, PathPatch
+    from matplotlib.path import Path as Outline
 
-    predicted_figure, _ = predicted.axes("")  # sets the backend and the salt
-    pyplot.close(predicted_figure)
+    pyplot.close(predicted.axes("")[0])  # it sets the backend and the salt
     grid = section.grid
     width, height = len(grid.modules), len(grid.blocks)
     figure, several = pyplot.subplots(
@@ -165,13 +165,16 @@ def _heat_maps(section: Section, budget: str, panels: list[dict]):
     )  # fmt: skip
     levels = [charts.level(place, len(section.schemes)) for place in range(len(section.schemes))]
     for axes, panel in zip(several[0], panels, strict=True):
-        for row, modules in enumerate(panel["shares"]):
-            for column, cell in enumerate(modules):
-                left = float(column)
-                for share, level in zip(cell, levels, strict=False):
-                    axes.add_patch(Rectangle((left, row), share, 1, facecolor=SCHEMES[level], linewidth=0.4,
-                                             edgecolor="white", hatch=HATCHES[level]))  # fmt: skip
-                    left += share
+        boxes: dict[int, list[Outline]] = {}
+        for row, scheme, start, end in charts.runs(panel["shares"]):
+            corners = [(start, row), (end, row), (end, row + 1), (start, row + 1), (start, row)]
+            boxes.setdefault(levels[scheme], []).append(Outline(corners))
+        for level, outlines in sorted(boxes.items()):  # one path a scheme: small files
+            path = Outline.make_compound_path(*outlines)
+            axes.add_patch(PathPatch(path, facecolor=SCHEMES[level], linewidth=0, edgecolor="white",
+                                     hatch=HATCHES[level]))  # fmt: skip
+        axes.vlines(range(width), 0, height, color="white", linewidth=0.5)
+        axes.hlines(range(height), 0, width, color="white", linewidth=0.5)
         axes.set(xlim=(0, width), ylim=(height, 0), title=panel["rule"])
         axes.set_xticks(np.arange(width) + 0.5, map(charts.short, grid.modules), rotation=60)
         axes.set_yticks(np.arange(0, height, 5) + 0.5, grid.blocks[::5])
@@ -188,8 +191,7 @@ def _scores(section: Section, scores: dict):
 
     names = list(scores["panels"])
     columns = min(4, len(names))
-    figure, _ = predicted.axes("")
-    pyplot.close(figure)
+    pyplot.close(predicted.axes("")[0])
     figure, several = pyplot.subplots(
         -(-len(names) // columns), columns, sharex=True, sharey=True, squeeze=False,
         layout="constrained", figsize=(2 * columns + 0.6, 1.7 * -(-len(names) // columns) + 0.6),

@@ -294,8 +294,7 @@ def _finite(interval: Interval | None) -> Interval | None:
     """Without what is not a number: an estimate that is none is not known, nor is a bound."""
     if interval is None or interval.value is None or not math.isfinite(interval.value):
         return None
-    ends = (interval.low, interval.high, interval.stderr)
-    if any(end is None or not math.isfinite(end) for end in ends):
+    if any(end is None or not math.isfinite(end) for end in (interval.low, interval.high)):
         return Interval(interval.value, None, None, None)
     return interval
 
@@ -344,7 +343,8 @@ def _comparisons(lines: list[Line]) -> dict[str, list[Comparison]]:
         rivals = [one for one in lines if one.done and one is not own]
         rivals = [one for one in rivals if one.budget in ("", own.budget)]
         found[own.budget] = [_compare(one, own) for one in rivals]
-    judged = [c for comparisons in found.values() for c in comparisons if c.accuracy]
+    each = [c for comparisons in found.values() for c in comparisons]
+    judged = [c for c in each if c.accuracy and c.line.rule != "bf16"]  # BF16 is no allocation
     p = [statistics.p_value(c.line.row.answers, c.own.row.answers) for c in judged]
     adjusted = dict(zip(map(id, judged), statistics.holm(p), strict=True))
     return {
@@ -723,7 +723,13 @@ def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
     if value is None or not math.isfinite(value):
         return DASH
     value = round(value, digits) + 0.0  # not −0.00
+    sign = sign and value != 0
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def roughly(count: int) -> str:
+    """Two digits of a number that is as uncertain as what it was made of: 9067 as 9,100."""
+    return f"{round(count, 2 - len(str(count))):,}"
 
 
 def span(one: Interval | None, digits: int = 3, scale: float = 1) -> str:
@@ -731,6 +737,8 @@ def span(one: Interval | None, digits: int = 3, scale: float = 1) -> str:
     if one is None or one.low is None:
         return ""
     low, high = (number(scale * end, digits) for end in (one.low, one.high))
+    if low == high:
+        return ""  # BF16's own KL
     return f"{low} to {high}" if "−" in low + high else f"{low}–{high}"
 
 
@@ -738,8 +746,8 @@ def with_span(one: Interval | None, digits: int = 3, scale: float = 1, sign: boo
     """A value and, in brackets, its 95 % interval."""
     if one is None:
         return DASH
-    text = number(scale * one.value, digits, sign)
-    return f"{text} ({span(one, digits, scale)})" if span(one) else text
+    text, within = number(scale * one.value, digits, sign), span(one, digits, scale)
+    return f"{text} ({within})" if within else text
 
 
 def key(value) -> str:
@@ -761,7 +769,7 @@ def page(results: Path, printed: dict[str, Printed], made: list[Section]) -> str
         number=number, span=span, with_span=with_span, look=charts.look, level=charts.level, short=charts.short,
         by_bits=by_bits, measured_against_predicted=measured_against_predicted, heat_maps=heat_maps,
         agreement=agreement, layer_scores=layer_scores, forest=forest, times=times, axis=axis,
-        ends=ends, key=key, MARKS=charts.MARKS, OWN=OWN, DASH=DASH, STAGES=STAGES, CLEAR=CLEAR,
+        ends=ends, roughly=roughly, key=key, MARKS=charts.MARKS, OWN=OWN, DASH=DASH, STAGES=STAGES, CLEAR=CLEAR,
         CELL=(charts.CELL_WIDTH, charts.CELL_HEIGHT),
     )  # fmt: skip
     environment.filters.update(ends=ends, capitalize_first=_capitalize, seconds_of=lambda p: (p[0], p[3]))  # fmt: skip
