@@ -244,22 +244,35 @@ def _ends(drawn: np.ndarray) -> tuple[float, float]:
 def _of_few(values: np.ndarray) -> Interval:
     """The mean of a few values, which may be skewed. One value has neither interval nor error.
 
-    Each end is the farther one of Student's t and of t after Hall's (1992) cubic transformation, which
-    undoes skewness: with g the sample's skewness and q = t/√n, an end is mean − s h(±q),
-    h(q) = (3/g)(∛(1 + g (q − g/6n)) − 1). Sixteen skewed values are too few for t alone, and bootstraps
-    of so few are too short (docs/statistics.md).
+    Each end is the farther one of Student's t and of the bootstrap-t (Efron and Tibshirani 1993, ch. 12). t alone is
+    too short where sixteen values are skewed, the bootstrap-t where they are symmetric with heavy tails,
+    and percentiles and BCa are too short for so few in either case (docs/statistics.md).
     """
     n, mean = len(values), float(values.mean())
     if n < 2:
         return Interval(mean, None, None, None)
-    s = float(values.std(ddof=1))
-    q = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) / math.sqrt(n)
-    g = float(stats.skew(values, bias=False)) if n > 2 and s > 1e-12 * abs(mean) else 0.0
+    # In an order of their own, so that neither the order of sequences nor the sign changes the draws.
+    up, down = np.sort(values), np.sort(-values)
+    error = float(values.std(ddof=1)) / math.sqrt(n)
+    t = float(stats.t.ppf(1 - ALPHA / 2, n - 1))
+    low, high = -t, t
+    if error > 1e-12 * abs(mean):
+        mirrored = tuple(down) < tuple(up)
+        drawn = (down if mirrored else up)[_places(n)]
+        errors = drawn.std(axis=1, ddof=1) / math.sqrt(n)
+        some = errors > 1e-9 * error  # the same value n times has no error to divide by
+        centre = -mean if mirrored else mean
+        left, right = _ends((drawn.mean(1) - centre)[some] / errors[some])
+        if mirrored:
+            left, right = -right, -left
+        low, high = min(low, left), max(high, right)
+    return Interval(mean, mean - high * error, mean - low * error, error)
 
-    def h(q: float) -> float:
-        return q if abs(g) < 1e-6 else 3 / g * (float(np.cbrt(1 + g * (q - g / (6 * n)))) - 1)
 
-    return Interval(mean, mean - s * max(q, h(q)), mean + s * max(q, -h(-q)), s / math.sqrt(n))
+@lru_cache(maxsize=8)
+def _places(n: int) -> np.ndarray:
+    """Which of n values each of DRAWS samples has: [DRAWS, n]."""
+    return np.random.default_rng(SEED).integers(0, n, (DRAWS, n))
 
 
 def _coins(observed: float, weights: list[tuple[int, float]]) -> float:

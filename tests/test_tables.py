@@ -44,11 +44,11 @@ def test_accuracy_and_percent_of_bf16_as_the_report_prints_them(results, capsys)
     made = tables.render(root)["demo"]
     printed = tables.report_table(made)
     assert printed["smollm2_135m"].to_dict() == {
-        "BF16": "0.5000 (100.0%)",
-        "low (mxfp4)": "0.4000 (80.0%)",
+        "BF16": "0.5000 ± 0.0141 (100.0 %)",
+        "low (mxfp4)": "0.4000 ± 0.0141 (80.0 %)",
         "tail8 5-bit": "—",
         "head8 5-bit": "—",
-        "ours 5-bit": "0.4813 (96.2%)",
+        "ours 5-bit": "0.4813 ± 0.0141 (96.2 %)",
     }
     text = (root / "tables/demo.md").read_text()
     assert text in capsys.readouterr().out
@@ -96,7 +96,7 @@ def test_no_bf16_no_percent(results):
     root, store, cells = results
     (store.folder(cells["bf16"]) / "result.json").unlink()
     printed = tables.report_table(tables.render(root)["demo"])["smollm2_135m"]
-    assert printed["BF16"] == "—" and printed["ours 5-bit"] == "0.4813 (—)"
+    assert printed["BF16"] == "—" and printed["ours 5-bit"] == "0.4813 ± 0.0141 (—)"
 
 
 def test_models_are_columns_and_evaluations_are_sections(results, monkeypatch):
@@ -112,7 +112,7 @@ def test_models_are_columns_and_evaluations_are_sections(results, monkeypatch):
     text = tables.markdown("all", tables.render(root)["all"])
     assert "## five-50, mxfp4_mxfp8" in text and "## five-all, mxfp4_mxfp8" in text
     assert "## five-all, w2g128_w4g128" in text
-    assert text.count("0.6300 (90.0%)") == 2
+    assert text.count("0.6300 ± 0.0141 (90.0 %)") == 4
 
 
 def test_a_damaged_result_is_named_and_costs_no_table(results, capsys):
@@ -159,17 +159,17 @@ def test_a_table_of_the_report_needs_results_and_nothing_else(results):
     assert header == ["", "llama31_8b", "qwen25_7b", "qwen3_8b", "smollm2_135m"]
     assert lines[:6] == [
         ["Tail layers 8-bit", "—", "—", "—", "—"],
-        ["· published", "0.6671 (94.3%)", "0.6616 (93.5%)", "0.6410 (94.8%)", "—"],
+        ["· published", "0.6671 (94.3 %)", "0.6616 (93.5 %)", "0.6410 (94.8 %)", "—"],
         ["Head layers 8-bit", "—", "—", "—", "—"],
-        ["· published", "0.6657 (94.1%)", "0.6686 (94.5%)", "0.6356 (94.0%)", "—"],
-        ["Ours", "—", "—", "—", "0.4813 ± 0.0141 (96.2%)"],
-        ["· published", "0.6857 (96.9%)", "0.6823 (96.4%)", "0.6594 (97.5%)", "—"],
+        ["· published", "0.6657 (94.1 %)", "0.6686 (94.5 %)", "0.6356 (94.0 %)", "—"],
+        ["Ours", "—", "—", "—", "0.4813 ± 0.0141 (96.2 %)"],
+        ["· published", "0.6857 (96.9 %)", "0.6823 (96.4 %)", "0.6594 (97.5 %)", "—"],
     ]
     assert "Not run here: llama31_8b, qwen25_7b, qwen3_8b." in text
     assert "- — smollm2_135m, Tail layers 8-bit: not run" in text
     assert "n: piqa 50, mmlu 50 documents" in text and "5.250" in text and "0.5000 ± 0.0300" in text
     table = one_section(root, "table1")
-    assert "Pure 4-bit   | —" in table and "0.4000 ± 0.0141 (80.0%)" in table
+    assert "Pure 4-bit   | —" in table and "0.4000 ± 0.0141 (80.0 %)" in table
 
 
 def test_every_published_number_is_shown(results):
@@ -180,7 +180,7 @@ def test_every_published_number_is_shown(results):
         for number in printed.numbers:
             assert f"{number.accuracy} (" in text or f"{number.accuracy} " in text
             if number.percent is not None:
-                assert f"{number.accuracy} ({number.percent:.1f}%)" in text
+                assert f"{number.accuracy} ({number.percent:.1f} %)" in text
 
 
 def test_a_difference_is_of_the_same_model_and_has_its_uncertainty(results, monkeypatch):
@@ -221,7 +221,7 @@ def test_table_4_takes_the_group_size_that_fits_and_says_so(results):
         put(store, cell(f"baseline={name}", "options=w2_w4", "budget=3"), 0.3, 5.0, 3.0)
     tables.render(root)
     text = one_section(root, "table4")
-    assert "0.3000 ± 0.0141 (60.0%)" in text and "BF16 " in text
+    assert "0.3000 ± 0.0141 (60.0 %)" in text and "BF16 " in text
     assert "smollm2_135m: options w2g64_w4g64 where the report has w2g128_w4g128" in text
     assert "Printed under 4.5 average bits; run at 3" in text
     assert "w2g64_w4g64 where" not in one_section(root, "table2")
@@ -255,7 +255,7 @@ def test_the_terminal_is_120_columns_wide_with_every_model(results, monkeypatch,
     assert tables.main(["--results", str(root)]) == 0
     out = capsys.readouterr().out
     assert max(len(line) for line in out.splitlines() if str(root) not in line) <= 120
-    assert sum(line.count("0.6000 ± 0.0141 (100.0%)") for line in out.splitlines()) >= 5 * 3
+    assert sum(line.count("0.6000 ± 0.0141 (100.0 %)") for line in out.splitlines()) >= 5 * 3
 
 
 def test_make_tables_shows_the_audit(results, capsys):
@@ -282,13 +282,13 @@ def test_a_readme_gets_the_table_between_its_markers(results):
     before = "a\n<!-- reproduced: table2 five-50 -->\nold\n<!-- /reproduced -->\nb\n"
     after = tables.with_reproduced(before, root)
     assert after.startswith("a\n<!--") and after.endswith("<!-- /reproduced -->\nb\n")
-    assert "0.4813 ± 0.0141 (96.2%)" in after and "old" not in after
+    assert "0.4813 ± 0.0141 (96.2 %)" in after and "old" not in after
     assert tables.with_reproduced(after, root) == after
     other = tables.with_reproduced(before.replace("five-50", "five-all"), root)
-    assert "0.4813" not in other and "0.6857 (96.9%)" in other and "Not run here:" in other
+    assert "0.4813" not in other and "0.6857 (96.9 %)" in other and "Not run here:" in other
     assert tables.with_reproduced("no markers", root) == "no markers"
     summary = tables.with_reproduced(before.replace("table2", "all"), root)
-    assert "| ours 5-bit" in summary and "| mxfp4_mxfp8 | 0.4813 ± 0.0141 | 96.2%" in summary
+    assert "| ours 5-bit" in summary and "| mxfp4_mxfp8 | 0.4813 ± 0.0141 (96.2 %)" in summary
     with pytest.raises(ConfigError, match="reproduced: table9: accepted: all, table1"):
         tables.with_reproduced(before.replace("table2", "table9"), root)
 
