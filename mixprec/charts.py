@@ -1,13 +1,22 @@
-"""How the report's figures look: a colour and a mark for every rule, axes, heat maps. No I/O.
+"""The report's figures as plain values: a colour and a mark for every rule, axes, what stands where. No I/O.
 
-The page draws them as SVG (templates/charts.j2) and figures.py as files for a paper, from the same numbers.
+The page draws them as SVG (templates/charts.html) and figures.py as files for a paper, from the same numbers.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from mixprec.sections import OWN, Comparison, Section, finite, normal
+from mixprec.statistics import Interval
+
+STAGES = ("load", "reference", "allocate", "tune", "quantize", "kl", "evaluate")
 
 # baseline: (colour on white, colour on black, mark). At least 3:1 against either ground; the marks are
 # matplotlib's names, so that nothing is told by colour alone.
@@ -139,6 +148,10 @@ class Grid:
         modules = list(dict.fromkeys(module for _, module in found))
         return Grid(sorted({block for block, _ in found}), modules, found)
 
+    @staticmethod
+    def of_section(section: Section) -> Grid:
+        return Grid.of(list(next(iter(section.allocations.values()), {})))
+
     def shares(self, allocation: dict[str, str], schemes: list[str]) -> list[list[list[float]]]:
         """[block][module][scheme]: the share of the layers there that have it; empty if none is there."""
         return [
@@ -186,3 +199,192 @@ def level(place: int, of: int) -> int:
     if place == 0 or of > 3:
         return min(place, 3)
     return 3 if place == of - 1 else 2
+
+
+# --- sections -> figures ----------------------------------------------------------------------
+# Plain values that templates/charts.html and figures.py draw; sizes are pixels of the SVG's viewBox.
+
+
+def by_bits(section: Section, what: str) -> dict | None:
+    """`accuracy` or `kl` against bits, with intervals; None if no cell has both."""
+    lines = [
+        line for line in section.done
+        if line.rule != "bf16" and line.bits is not None and getattr(line, what)
+    ]  # fmt: skip
+    if not lines:
+        return None
+    log = what == "kl"
+    intervals = [getattr(line, what) for line in lines]
+    if log and any(one.value <= 0 for one in intervals):
+        log = False
+    band = section.reference.accuracy if what == "accuracy" and section.reference else None
+    bits = [line.bits for line in lines]
+    x = axis([*bits, min(bits) + 0.5], 58, 446, pad=0.1)
+    curves = _visible(section.curves, x) if what == "kl" else {}
+    values = [v for one in [*intervals, *([band] if band else [])] for v in ends(one)]
+    values += [v for points in curves.values() for _, v in points]
+    y = axis(values, 268, 10, log=log)
+    rules = list(dict.fromkeys(line.rule for line in lines))
+    together: Counter = Counter()
+    at_bits = Counter(round(line.bits, 2) for line in lines)
+    series: dict[str, list] = {rule: [] for rule in rules}
+    for line in lines:
+        near = round(line.bits, 2)
+        shift = 8 * (together[near] - (at_bits[near] - 1) / 2)  # side by side, not on top
+        together[near] += 1
+        series[line.rule].append((round(x.at(line.bits) + shift, 1), getattr(line, what), line))
+    return {
+        "x": x, "y": y, "series": series, "band": band, "width": 460, "height": 316,
+        "curves": {name: [(x.at(b), y.at(v)) for b, v in points] for name, points in curves.items()},
+        "xlabel": "average bits per quantized weight, scales not counted",
+        "what": what,
+    }  # fmt: skip
+
+
+def _visible(curves: dict[str, pd.DataFrame], x: Axis) -> dict[str, list[tuple[float, float]]]:
+    return {
+        name: [(b, v) for b, v in zip(c.bits, c.kl, strict=True) if x.low <= b <= x.high and v > 0]
+        for name, c in curves.items()
+    }
+
+
+def ends(interval: Interval) -> list[float]:
+    return [v for v in (interval.low, interval.value, interval.high) if v is not None]
+
+
+def measured_against_predicted(section: Section) -> dict | None:
+    """Each cell with a prediction: both KL with 95 % intervals, on logarithmic axes."""
+    measured = {(line.rule, line.budget): line.kl for line in section.done}
+    points = []
+    for line in section.predicted.itertuples():
+        ratio, prediction = (
+            finite(normal(value, None if pd.isna(error) else error))
+            for value, error in (
+                (line.ratio, line.ratio_stderr),
+                (line.predicted, line.predicted_stderr),
+            )
+        )
+        kl = measured.get((line.rule, line.budget))
+        if prediction and kl and min(prediction.value, kl.value) > 0:
+            points.append({"rule": line.rule, "budget": line.budget, "ratio": ratio,
+                           "predicted": prediction, "measured": kl})  # fmt: skip
+    if not points:
+        return None
+    values = [v for p in points for kind in ("predicted", "measured") for v in ends(p[kind])]
+    return {
+        "points": points, "width": 460, "height": 316,
+        "x": axis(values, 58, 446, log=True), "y": axis(values, 268, 10, log=True),
+    }  # fmt: skip
+
+
+def heat_maps(section: Section) -> dict[str, list[dict]]:
+    """Budget -> one panel a rule: block × module, and how the schemes are shared out."""
+    found: dict[str, list[dict]] = {}
+    grid = Grid.of_section(section)
+    for line in section.done:
+        allocation = section.allocations.get(line.row.path)
+        if not line.budget or not allocation:
+            continue
+        shares = grid.shares(allocation, section.schemes)
+        counts = Counter(allocation.values())
+        found.setdefault(line.budget, []).append({
+            "rule": line.rule,
+            "shares": shares,
+            "paths": scheme_paths(shares, len(section.schemes)),
+            "code": "|".join("".join(_code(cell) for cell in row) for row in shares),
+            "counts": {scheme: counts[scheme] for scheme in section.schemes},
+            "layers": allocation,
+        })  # fmt: skip
+    by_size = {line.budget: line.row.config.get("budget") or math.inf for line in section.done}
+    return dict(sorted(found.items(), key=lambda item: (by_size[item[0]], item[0])))
+
+
+def _code(cell: list[float]) -> str:
+    """The scheme's place; `m` where layers of one cell differ, `-` where there is none."""
+    if not cell:
+        return "-"
+    return str(cell.index(1.0)) if 1.0 in cell else "m"
+
+
+def agreement(panels: list[dict]) -> list[str]:
+    """How many layers each rule gives the same scheme as AutoScheme does."""
+    own = next((panel["layers"] for panel in panels if panel["rule"] == OWN), None)
+    if own is None:
+        return []
+    same = {p["rule"]: sum(own.get(k) == v for k, v in p["layers"].items()) for p in panels}
+    return [f"{rule} {n}" for rule, n in same.items() if rule != OWN]
+
+
+def layer_scores(section: Section) -> list[dict]:
+    """For each stored signal, a panel a module: score ± its standard error of every block and option."""
+    found = []
+    for one in section.scored:
+        table = one.table[np.isfinite(one.table.score)]
+        positive = table[table.score > 0]
+        if positive.empty:
+            continue
+        y = axis(positive.score, 142, 22, log=True)
+        grid = Grid.of([layer.name for layer in one.layers])
+        x = Axis(grid.blocks[0] - 0.7, grid.blocks[-1] + 0.7, 52, 218)
+        panels = {module: [[] for _ in one.options] for module in grid.modules}
+        for layer, option, score, error in zip(
+            positive.layer, positive.option, positive.score, positive.stderr, strict=True
+        ):
+            block, module = place(layer)
+            bars = None if pd.isna(error) else (max(score - error, y.low), score + error)
+            panels[module][one.options.index(option)].append((block, score, bars))
+        ranked = table.pivot(index="layer", columns="option", values="score")[one.options]
+        gain = (ranked[one.options[0]] - ranked[one.options[-1]]).sort_values(ascending=False)
+        found.append({
+            "label": one.label, "options": one.options, "x": x, "y": y, "panels": panels,
+            "top": [(name, *map(float, ranked.loc[name])) for name in gain.index[:10]],
+            "top_share": float(gain.iloc[:10].sum() / gain.sum()) if gain.sum() > 0 else None,
+            "layers": len(ranked),
+        })  # fmt: skip
+    return found
+
+
+def forest(section: Section, comparisons: list[Comparison]) -> dict | None:
+    """Differences in accuracy to AutoScheme, the mean and every task; in percentage points.
+
+    Without BF16, which is far from all of them.
+    """
+    of = [c for c in comparisons if c.accuracy and c.line.rule != "bf16"]
+    if not of:
+        return None
+    groups = [("mean of tasks", [(c.line.rule, c.accuracy) for c in of])]
+    groups += [
+        (task, [(c.line.rule, c.tasks[task]) for c in of if task in c.tasks])
+        for task in section.tasks
+    ]
+    values = [100 * v for _, rows in groups for _, one in rows for v in ends(one)]
+    top, placed = 8, []
+    for name, rows in groups:
+        lines = [(rule, one, top + 8 + 16 * place) for place, (rule, one) in enumerate(rows)]
+        placed.append((name, top, lines))
+        top += 16 * len(rows) + 12
+    return {
+        "groups": placed, "width": 720, "height": top + 40, "bottom": top,
+        "x": axis([*values, 0], 112, 500, pad=0.03),
+    }  # fmt: skip
+
+
+def times(section: Section) -> dict | None:
+    """Seconds by stage, a bar for every cell."""
+    rows = [(line, line.row.result.get("seconds") or {}) for line in section.done]
+    rows = [(line, {k: v for k, v in s.items() if v and math.isfinite(v)}) for line, s in rows]
+    rows = [(line, seconds) for line, seconds in rows if seconds]
+    if not rows:
+        return None
+    stages = [*STAGES, *sorted({name for _, s in rows for name in s} - set(STAGES))]
+    stages = [stage for stage in stages if any(stage in s for _, s in rows)]
+    x = Axis(0, 1.02 * max(sum(s.values()) for _, s in rows), 150, 580)
+    bars = []
+    for place, (line, seconds) in enumerate(rows):
+        pieces, at = [], 0.0
+        for stage in stages:
+            if stage in seconds:
+                pieces.append((stage, x.at(at), round(x.at(at + seconds[stage]) - x.at(at), 2), seconds[stage]))  # fmt: skip
+                at += seconds[stage]
+        bars.append((line.row.label, 8 + 22 * place, pieces, at))
+    return {"x": x, "bars": bars, "stages": stages, "width": 640, "height": 22 * len(rows) + 46}

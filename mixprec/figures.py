@@ -1,6 +1,6 @@
 """The report's figures as files for a paper: SVG, the same for the same numbers, and PNG.
 
-One set for every section of report.py, `results/figures/<evaluation>-<model>-<options>-<figure>.{svg,png}`.
+One set for every section of sections.py, `results/figures/<evaluation>-<model>-<options>-<figure>.{svg,png}`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mixprec import charts, predicted, report
+from mixprec import charts, predicted
 from mixprec.charts import LOOK, OTHER
-from mixprec.report import Section
+from mixprec.sections import Section
 from mixprec.statistics import Interval
 from mixprec.store import write
 
@@ -30,9 +30,9 @@ def draw(made: list[Section], folder: Path) -> list[Path]:
                    "predicted": _predicted(section), "seconds": _seconds(section)}  # fmt: skip
         for budget, comparisons in section.comparisons.items():
             figures[f"differences-{_slug(budget)}"] = _forest(section, budget, comparisons)
-        for budget, panels in report.heat_maps(section).items():
+        for budget, panels in charts.heat_maps(section).items():
             figures[f"allocation-{_slug(budget)}"] = _heat_maps(section, budget, panels)
-        for scores in report.layer_scores(section)[:1]:  # the larger calibration
+        for scores in charts.layer_scores(section)[:1]:  # the larger calibration
             figures["scores"] = _scores(section, scores)
         for kind, figure in figures.items():
             if figure is not None:
@@ -78,7 +78,7 @@ def _errors(one: Interval, scale: float = 1) -> list[list[float]] | None:
 
 
 def _by_bits(section: Section, what: str):
-    chart = report.by_bits(section, what)
+    chart = charts.by_bits(section, what)
     if chart is None:
         return None
     figure, axes = _axes(section.name, 6, 4)
@@ -110,7 +110,7 @@ def _by_bits(section: Section, what: str):
 
 
 def _predicted(section: Section):
-    chart = report.measured_against_predicted(section)
+    chart = charts.measured_against_predicted(section)
     if chart is None:
         return None
     figure, axes = _axes(section.name, 5, 4)
@@ -129,7 +129,7 @@ def _predicted(section: Section):
 
 
 def _forest(section: Section, budget: str, comparisons):
-    chart = report.forest(section, comparisons)
+    chart = charts.forest(section, comparisons)
     if chart is None:
         return None
     figure, axes = _axes(f"{section.name}, {budget}", 6, chart["height"] / 90)
@@ -157,7 +157,7 @@ def _heat_maps(section: Section, budget: str, panels: list[dict]):
     from matplotlib.path import Path as Outline
 
     pyplot.close(predicted.axes("")[0])  # it sets the backend and the salt
-    grid = section.grid
+    grid = charts.Grid.of_section(section)
     width, height = len(grid.modules), len(grid.blocks)
     figure, several = pyplot.subplots(
         1, len(panels), sharey=True, squeeze=False, layout="constrained",
@@ -214,13 +214,13 @@ def _scores(section: Section, scores: dict):
 
 
 def _seconds(section: Section):
-    chart = report.times(section)
+    chart = charts.times(section)
     if chart is None:
         return None
     figure, axes = _axes(section.name, 6, 0.9 + 0.24 * len(chart["bars"]))
     hatches = ("||", "--", "////", "..", "\\\\\\\\", "++", None, "xx")
     for stage in chart["stages"]:
-        place = report.STAGES.index(stage) if stage in report.STAGES else 7
+        place = charts.STAGES.index(stage) if stage in charts.STAGES else 7
         at, widths, starts = [], [], []
         for row, (_, _, pieces, _) in enumerate(chart["bars"]):
             before = 0.0

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, cell
 
-from mixprec import charts, figures, frontier, published, report, statistics
+from mixprec import charts, figures, frontier, published, report, sections, statistics
 from mixprec.store import Store
 
 COMMITTED = ROOT / "results/five-250/smollm2_135m"
@@ -56,7 +56,7 @@ class Page(HTMLParser):
 
 def html_of(results) -> str:
     printed = published.read()
-    return report.page(results, printed, report.sections(results, printed))
+    return report.page(results, printed, sections.read(results, printed))
 
 
 def copy(source, target, model: str, options: str | None = None, blocks: int = 30):
@@ -135,7 +135,7 @@ def committed(tmp_path_factory):
 def test_the_summary_is_what_the_statistics_say(committed):
     root, html = committed
     text = re.sub(r"<[^>]+>", "", re.search(r'<p class="lead">(.*?)</p>', html, re.DOTALL)[1])
-    made = {s.name: s for s in report.sections(root, published.read())}
+    made = {s.name: s for s in sections.read(root, published.read())}
     lines = {line.row.label: line for line in made["smollm2_135m · mxfp4_mxfp8 · five-250"].done}
     for budget in ("4.5", "5", "6"):
         fisher, own = (lines[f"{rule} {budget}-bit"].row for rule in ("fisher", "ours"))
@@ -153,11 +153,11 @@ def test_the_summary_is_what_the_statistics_say(committed):
 def test_a_ratio_of_kl_leaves_out_one_where_the_difference_leaves_out_zero(committed):
     root, _ = committed
     compared = 0
-    for section in report.sections(root, published.read()):
+    for section in sections.read(root, published.read()):
         for c in (c for each in section.comparisons.values() for c in each if c.ratio):
             compared += 1
             assert c.ratio.low < c.ratio.value < c.ratio.high
-            assert report.excludes(c.ratio, 1) == c.kl_clear
+            assert sections.excludes(c.ratio, 1) == c.kl_clear
             by_hand = c.line.row.result["kl"]["mean"] / c.own.row.result["kl"]["mean"]
             assert c.ratio.value == pytest.approx(by_hand, rel=1e-6)
     assert compared > 10
@@ -270,9 +270,9 @@ def test_results_of_two_models_and_four_tables_stay_small_and_have_their_frontie
     assert html.count('class="curve curve-0 r-fisher"') == 4  # two models: the line and its key
     text = " ".join(" ".join(row) for row in page.rows)
     assert "published 0.7303; 99.8 %" in " ".join(text.split())
-    sections = report.sections(tmp_path, published.read())
-    assert len(sections) == 6
-    assert {line.published[0] for s in sections for line in s.lines if line.published} >= {
+    made = sections.read(tmp_path, published.read())
+    assert len(made) == 6
+    assert {line.published[0] for s in made for line in s.lines if line.published} >= {
         "table1, BF16", "table1, Ours 5-bit", "table2, Head layers 8-bit", "table3, Tail layers 8-bit",
         "table4, Tail layers 4-bit",
     }  # fmt: skip
@@ -308,7 +308,7 @@ def test_it_is_made_without_torch_from_stored_scores(tmp_path, monkeypatch):
 
 def test_figures_are_the_same_for_the_same_numbers(committed, tmp_path):
     root, _ = committed
-    one = [s for s in report.sections(root, published.read()) if s.evaluation == "five-500"]
+    one = [s for s in sections.read(root, published.read()) if s.evaluation == "five-500"]
     first, second = (figures.draw(one, tmp_path / name) for name in "ab")
     assert len(first) == 10 and [f.name for f in first] == [f.name for f in second]
     for a, b in zip(first, second, strict=True):
@@ -335,7 +335,7 @@ def test_a_heat_map_shows_every_layer_once_and_experts_by_their_share():
     shares = grid.shares(layers, ["mxfp4", "mxfp8"])
     assert shares == [[[0.25, 0.75], [0.0, 1.0]], [[], [1.0, 0.0]]]
     assert charts.runs(shares) == [(0, 0, 0, 0.25), (0, 1, 0.25, 2), (1, 0, 1, 2)]
-    assert [[report._code(c) for c in row] for row in shares] == [["m", "1"], ["-", "0"]]
+    assert [[charts._code(c) for c in row] for row in shares] == [["m", "1"], ["-", "0"]]
 
 
 @pytest.mark.parametrize(("low", "high", "log"), [
