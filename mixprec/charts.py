@@ -386,5 +386,5 @@ def times(section: Section) -> dict | None:
             if stage in seconds:
                 pieces.append((stage, x.at(at), round(x.at(at + seconds[stage]) - x.at(at), 2), seconds[stage]))  # fmt: skip
                 at += seconds[stage]
-        bars.append((line.row.label, 8 + 22 * place, pieces, at))
+        bars.append((line.row.label, 8 + 22 * place, pieces, at, seconds))
     return {"x": x, "bars": bars, "stages": stages, "width": 640, "height": 22 * len(rows) + 46}

@@ -222,7 +222,7 @@ def _seconds(section: Section):
     for stage in chart["stages"]:
         place = charts.STAGES.index(stage) if stage in charts.STAGES else 7
         at, widths, starts = [], [], []
-        for row, (_, _, pieces, _) in enumerate(chart["bars"]):
+        for row, (_, _, pieces, *_) in enumerate(chart["bars"]):
             before = 0.0
             for name, _, _, seconds in pieces:
                 if name == stage:

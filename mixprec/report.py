@@ -19,20 +19,22 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from mixprec import audit, charts, figures, markup, published, sections, statistics, tables
+from mixprec import audit, charts, figures, markup, published, statistics, tables
 from mixprec.cell import ConfigError
 from mixprec.markup import DASH
 from mixprec.published import Printed
-from mixprec.sections import OWN, Line, Section, accuracy
+from mixprec.sections import OWN, Line, Section, accuracy, sections
 from mixprec.statistics import Interval
 from mixprec.store import one_line, write
+from mixprec.tables import Row
 
 # --- what stands in the page beside its sections ----------------------------------------------
 
 
-def report_tables(results: Path, printed: dict[str, Printed]) -> list[dict]:
+def report_tables(
+    stored: dict[str, Row], plans: dict[str, list[Row]], printed: dict[str, Printed]
+) -> list[dict]:
     """The report's tables, reproduced beside what was printed: models are columns."""
-    stored, plans = tables.read(results)
     questions = {(f.table, f.row, f.model): "; ".join(f.reasons) for f in audit.findings(printed)}
     found = []
     for name, table in printed.items():
@@ -161,8 +163,16 @@ def key(value) -> str:
 # --- page -------------------------------------------------------------------------------------
 
 
-def page(results: Path, printed: dict[str, Printed], made: list[Section]) -> str:
-    """The whole page. Everything is escaped but this project's own style sheet and script."""
+def page(results: Path, experiments: Path = published.EXPERIMENTS) -> tuple[str, list[Section]]:
+    """(the whole page, its sections); no page if nothing is stored, planned or failed.
+
+    Everything is escaped but this project's own style sheet and script.
+    """
+    printed = published.read(experiments)
+    stored, plans = tables.read(results)
+    made, trouble = sections(results, stored, plans, printed), faults(results)
+    if not made and not trouble:
+        return "", []
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
@@ -172,8 +182,8 @@ def page(results: Path, printed: dict[str, Printed], made: list[Section]) -> str
         number=number, span=span, with_span=with_span, roughly=roughly, key=key, p_value=markup.p_value,
         # figures
         axis=charts.axis, ends=charts.ends, look=charts.look, level=charts.level, short=charts.short,
-        grid=charts.Grid.of_section, by_bits=charts.by_bits, forest=charts.forest, heat_maps=charts.heat_maps, agreement=charts.agreement,
-        layer_scores=charts.layer_scores, times=charts.times,
+        by_bits=charts.by_bits, forest=charts.forest, times=charts.times, grid=charts.Grid.of_section,
+        heat_maps=charts.heat_maps, agreement=charts.agreement, layer_scores=charts.layer_scores,
         measured_against_predicted=charts.measured_against_predicted,
         MARKS=charts.MARKS, STAGES=charts.STAGES, CELL=(charts.CELL_WIDTH, charts.CELL_HEIGHT),
         OWN=OWN, DASH=DASH, ALPHA=statistics.ALPHA,
@@ -182,14 +192,16 @@ def page(results: Path, printed: dict[str, Printed], made: list[Section]) -> str
     css = environment.get_template("report.css").render(look={**charts.LOOK, "other": charts.OTHER})
     script = environment.get_template("report.js").render()
     lines = [line for section in made for line in section.done]
-    return environment.get_template("report.html").render(
-        made=made, lead=next((s for s in made if s.best), None),  # made: the one that compares most is first
-        tables=report_tables(results, printed),
-        faults=faults(results), provenance=provenance(lines), cells=len({li.row.path for li in lines}),
+    text = environment.get_template("report.html").render(
+        made=made, lead=next((section for section in made if section.best), None),
+        tables=report_tables(stored, plans, printed), audit=audit.findings(printed),
+        faults=trouble, missing=_missing(made),
+        provenance=provenance(lines), cells=len({line.row.path for line in lines}),
         css=css, script=script, css_hash=_hash(css), script_hash=_hash(script),
-        audit=audit.findings(printed), missing=_missing(made), about_ends=tables.ABOUT_ENDS,
+        about_ends=tables.ABOUT_ENDS,
         packaged=[tables.ABOUT_PACKAGED_MODEL, tables.ABOUT_PACKAGED_DOCUMENTS],
     )  # fmt: skip
+    return text, made
 
 
 def _missing(made: list[Section]) -> list[tuple[str, str]]:
@@ -205,12 +217,9 @@ def _hash(text: str) -> str:
 
 def render(results: Path, experiments: Path = published.EXPERIMENTS) -> list[Path]:
     """Write the page and its figures; the files written, none if nothing is stored or planned."""
-    printed = published.read(experiments)
-    made = sections.read(results, printed)
-    trouble = faults(results)
-    if not made and not trouble:
+    text, made = page(results, experiments)
+    if not text:
         return []
-    text = page(results, printed, made)
     file = results / "report.html"
     write(file, lambda path: path.write_text(text, encoding="utf-8"))
     return [file, *figures.draw(made, results / "figures")]

@@ -65,8 +65,8 @@ class Line:
 class Comparison:
     """A rule against AutoScheme (`ours`) on the same documents and the same text, at one budget.
 
-    accuracy and tasks: `line` − `ours`, as fractions; kl: in nats per token; ratio: of the two KL. None where the
-    two are not paired.
+    accuracy and tasks: `line` − `ours`, as fractions; kl: in nats per token; ratio: of the two KL, at one
+    budget. None where the two are not paired.
     """
 
     line: Line
@@ -173,9 +173,16 @@ def excludes(interval: Interval | None, value: float) -> bool:
 # --- results -> sections ----------------------------------------------------------------------
 
 
-def read(results: Path, printed: dict[str, Printed]) -> list[Section]:
-    """Everything that is stored or planned, a section for every evaluation, model and options."""
-    stored, plans = tables.read(results)
+def sections(
+    results: Path,
+    stored: dict[str, Row],
+    plans: dict[str, list[Row]],
+    printed: dict[str, Printed],
+) -> list[Section]:
+    """Everything that is stored or planned, a section for every evaluation, model and options.
+
+    stored, plans: as tables.read has them of `results`. The section that compares most comes first.
+    """
     rows = dict(stored)
     for planned in plans.values():
         # A cell that is planned otherwise than it is stored has no number here either.
@@ -205,7 +212,6 @@ def read(results: Path, printed: dict[str, Printed]) -> list[Section]:
         made.append(
             _section(f"s{place}", evaluation, model, options, lines, numbers, results, scored)
         )
-    # What tells most comes first.
     return sorted(made, key=lambda s: -sum(map(len, s.comparisons.values())))
 
 
@@ -303,10 +309,10 @@ def finite(interval: Interval | None) -> Interval | None:
 
 def _published(row: Row, printed: dict[str, Printed]):
     """(table and row, accuracy, percent of BF16) of the first table that prints this cell."""
-    _, model, options, name = row.path.split("/")
+    name, options = row.path.rpartition("/")[2], row.group[1]
     for table in printed.values():
         for line in table.rows:
-            number = table.number(line.name, model)
+            number = table.number(line.name, row.model)
             fits = line.baseline == "bf16" or table.options[0] == options
             if number and fits and line.folder == name:
                 percent = None if number.percent is None else float(number.percent)
@@ -334,7 +340,7 @@ def _compare(line: Line, own: Line, numbers: dict) -> Comparison:
         accuracy=finite(pair.accuracy),
         tasks=statistics.task_differences(*answers) if answers else {},
         kl=finite(pair.kl),
-        ratio=finite(_kl_ratio(line.row.result, own.row.result)) if pair.kl else None,
+        ratio=finite(_kl_ratio(line.row.result, own.row.result)) if pair.kl and line.budget else None,
         mcnemar=statistics.mcnemar(*answers) if answers else {},
         needed=pair.needed,
         p=numbers.get("minus_ours_p"),
@@ -357,10 +363,15 @@ def _kl_ratio(one: dict, other: dict) -> Interval | None:
     if min(of.value, to.value, of.low or 0, to.low or 0) < 1e-6:
         return None
     ratio = of.value / to.value
-    # An end is where the difference's interval begins or ends at 0, between 0 and many times the ratio.
-    low = brentq(lambda r: difference(r).low, 0, ratio, xtol=1e-3 * ratio)
-    high = brentq(lambda r: difference(r).high, ratio, 100 * ratio, xtol=1e-3 * ratio)
-    return Interval(ratio, low, high, None)
+    # An end is where the difference's interval begins or ends at 0. Few steps: two digits are shown.
+    found = []
+    for end, factor in (("low", 0.9), ("high", 1 / 0.9)):
+        beyond = factor
+        while (getattr(difference(beyond * ratio), end) < 0) == (end == "high"):
+            beyond *= beyond
+        root = brentq(lambda r, end=end: getattr(difference(r), end), beyond * ratio, ratio, xtol=1e-3 * ratio)  # fmt: skip
+        found.append(root)
+    return Interval(ratio, *found, None)
 
 
 def _allocation(folder: Path) -> dict[str, str]:
