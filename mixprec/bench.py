@@ -25,7 +25,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import mixprec.environment  # noqa: F401 - first, as in run.py
-from mixprec import bench_signals
+from mixprec import bench_signals, bench_stability
 from mixprec.cell import FIVE_TASKS, Config
 from mixprec.store import write_json
 from mixprec.sweep import CONF, configuration
@@ -537,6 +537,17 @@ def signals(repeats: int) -> dict:
     return result
 
 
+def stability() -> dict:
+    """`fisher` over draws and sizes of the calibration text; goes on where it was stopped."""
+    kept = CACHE / "bench" / "stability.json"
+    done = json.loads(kept.read_text()) if kept.is_file() else []
+    lines, weights = bench_stability.measure(CACHE, done, lambda lines: write_json(kept, lines))
+    found = bench_stability.summary(lines, weights)
+    bench_stability.draw(lines, found, OUTPUT / "stability.svg")
+    kept.unlink()
+    return {"ratios": {}, "summary": found, "lines": lines}
+
+
 def compare(ours: dict[str, list], theirs: dict[str, list]) -> dict:
     """Largest relative difference of a log-likelihood, and greedy answers that differ, with margins."""
     largest, differ, count = 0.0, [], 0
@@ -586,6 +597,7 @@ def main() -> int:
     by_block.add_argument("--layers", type=int, default=26, help="of 79 M weights (default: 26)")
     rules = commands.add_parser("signals", help="rules of allocation: KL, seconds, memory")
     rules.add_argument("--repeats", type=int, default=3, help="of what is timed (default: 3)")
+    commands.add_parser("stability", help="fisher over draws and sizes of the calibration text")
     rule = commands.add_parser("signal", help="one rule (used by `signals`)")
     rule.add_argument("--ask", nargs="+", required=True)
     rule.add_argument("--budgets", nargs="*", type=float, default=[])
@@ -605,6 +617,8 @@ def main() -> int:
         chosen.output.write_text(json.dumps(bench_signals.measure(chosen, CACHE)))
     elif chosen.command == "signals":
         report("signals", signals(chosen.repeats))
+    elif chosen.command == "stability":
+        report("stability", stability())
     elif chosen.command == "growth":
         report("growth", growth())
     elif chosen.command == "blocks":
