@@ -7,15 +7,30 @@ other draws' of as many sequences: the share of weights that two draws put into 
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from mixprec.bench.common import CACHE, OUTPUT
+from mixprec.store import write_json
+
 SEEDS = (42, 43, 44, 45, 46)  # 42 is conf/calibration/default.yaml's
 SEQUENCES = (1, 4, 16, 64)  # of 256 tokens
 BUDGET = 5.0
+
+
+def stability() -> dict:
+    """`fisher` over draws and sizes of the calibration text; goes on where it was stopped."""
+    kept = CACHE / "bench" / "stability.json"
+    done = json.loads(kept.read_text()) if kept.is_file() else []
+    lines, weights = measure(CACHE, done, lambda lines: write_json(kept, lines))
+    found = summary(lines, weights)
+    draw(lines, found, OUTPUT / "stability.svg")
+    kept.unlink()
+    return {"ratios": {}, "summary": found, "lines": lines}
 
 
 def measure(cache: Path, done: list[dict], keep) -> tuple[list[dict], dict[str, int]]:

@@ -1,7 +1,7 @@
 """Rules of allocation side by side: KL on other text, seconds and memory of scoring.
 
 One model, one calibration text, one judge; what differs is the rule. Each measurement is a process of
-its own with an empty cache but for the checkpoint and the documents, `bench.py` takes turns.
+its own with an empty cache but for the checkpoint and the documents.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from mixprec.bench.common import CACHE, OUTPUT, in_a_process, ratio
 
 BUDGETS = (4.5, 5.0, 6.0)
 # (name, what `run.py` would be asked); measured_kl in full would take half an hour.
@@ -41,7 +43,11 @@ TIMED = (
 )  # several times; the others once
 
 
-def measure(what: argparse.Namespace, cache: Path) -> dict:
+def _in_a_process(ask: list[str], budgets) -> dict:
+    return in_a_process("signal", "--ask", *ask, "--budgets", *budgets)
+
+
+def measure(what: argparse.Namespace, cache: Path = CACHE) -> dict:
     """Seconds and peak bytes of one rule's scoring, and KL at what.budgets, by sequence.
 
     What `fisher` and `measured_kl` take to correct their prediction, which no allocation under a
@@ -98,17 +104,17 @@ def measure(what: argparse.Namespace, cache: Path) -> dict:
     }  # fmt: skip
 
 
-def compare(in_a_process, repeats: int, ratio) -> dict:
-    """in_a_process(ask, budgets) -> what `measure` returns; ratio: as of `bench`."""
+def compare(repeats: int) -> dict:
+    """Rules of allocation: KL, seconds and memory of scoring, each in a process of its own."""
     runs: dict[str, list[dict]] = {}
     for turn in range(repeats):
         for side, ask in SIDES.items():
             if turn == 0 or side in TIMED:
-                runs.setdefault(side, []).append(in_a_process(ask, BUDGETS if turn == 0 else ()))
+                runs.setdefault(side, []).append(_in_a_process(ask, BUDGETS if turn == 0 else ()))
                 print(f"  {side}: {runs[side][-1]['seconds']:.1f} s", flush=True)
         for name in ("ours", "fisher", "fisher, 8 samples"):
             side = f"{name}, 4 options"
-            runs.setdefault(side, []).append(in_a_process([*SIDES[name], FOUR], ()))
+            runs.setdefault(side, []).append(_in_a_process([*SIDES[name], FOUR], ()))
             print(f"  {side}: {runs[side][-1]['seconds']:.1f} s", flush=True)
     seconds = {side: [run["seconds"] for run in of_side] for side, of_side in runs.items()}
     memory = {side: [run["peak_memory_bytes"] for run in of_side] for side, of_side in runs.items()}
@@ -126,7 +132,7 @@ def compare(in_a_process, repeats: int, ratio) -> dict:
             ratios[f"KL at {budget} bits, {side} / ours"] = _of_means(
                 divergences[side][budget], ours
             )
-    return {
+    found = {
         "repeats": repeats,
         "ratios": ratios,
         "kl": {
@@ -147,6 +153,8 @@ def compare(in_a_process, repeats: int, ratio) -> dict:
         },
         "peak_memory_bytes": memory,
     }  # fmt: skip
+    draw(found, OUTPUT / "signals.svg")
+    return found
 
 
 def draw(result: dict, file: Path) -> None:
