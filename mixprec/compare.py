@@ -50,7 +50,7 @@ def explained(one: Row, other: Row, root: Path, cache: Path, flips: int) -> Docu
     items.append(f"- B -> A: {'; '.join(changed) or 'the same configuration'}")
     return [
         *items, *accuracy(one, other), *divergence(one, other), *flipped(one, other, root, cache, flips),
-        *layers(one, other, root, cache), *seconds(one, other),
+        *layers(one, other, root), *seconds(one, other),
     ]  # fmt: skip
 
 
@@ -78,10 +78,10 @@ def accuracy(one: Row, other: Row) -> Document:
         _points(pair.accuracy), markup.p_value(pair.p), "",
     ]  # fmt: skip
     header = ["n", "A", "B", "A only", "B only", "A − B, points", "p", "p, Holm"]
-    needed = "no number of documents shows a difference of 0."
+    needed = "The means are equal: no number of documents shows a difference of 0."
     if pair.needed is not None:
         needed = (
-            f"a difference of the mean as large as this one shows in 4 of 5 samples of {pair.needed:,} "
+            f"A difference of the mean as large as this one shows in 4 of 5 samples of {pair.needed:,} "
             "documents a task."
         )
     return [
@@ -89,7 +89,7 @@ def accuracy(one: Row, other: Row) -> Document:
         pd.DataFrame(lines.values(), list(lines), header),
         "Paired by document, with 95 % intervals; A only: documents on which A alone was right. p: McNemar's exact test, "
         "for the unweighted mean its extension to several tasks; Holm: corrected over the tasks. "
-        f"n needed: {needed}",
+        f"{needed}",
     ]
 
 
@@ -112,7 +112,7 @@ def divergence(one: Row, other: Row) -> Document:
 
 
 def flipped(one: Row, other: Row, root: Path, cache: Path, most: int) -> Document:
-    """The documents that one cell got right and the other wrong, those first whose margin moved most.
+    """The documents that one cell got right and the other wrong, of each task those first that moved most.
 
     A margin is the log-likelihood of the right choice less that of the best other one, in nats; of
     lambada's single choice, its log-likelihood.
@@ -134,12 +134,15 @@ def flipped(one: Row, other: Row, root: Path, cache: Path, most: int) -> Documen
                 both[f"loglikelihoods_{side}"], both[f"target_{side}"], strict=True
             )
         ]
-    both["moved"] = (both.margin_a - both.margin_b).abs()
-    shown = both.sort_values(["moved", "leaf", "doc_id"], ascending=[False, True, True]).head(most)
+    # The first of every task, then the second: log-likelihoods of long choices move more than others.
+    moved = (both.margin_a - both.margin_b).abs()
+    place = moved.groupby(both.task).rank(ascending=False, method="first")
+    shown = both.assign(place=place).sort_values(["place", "task"]).head(most)
     right = int(both.correct_a.sum())
     items.append(
         f"{len(both)} of {len(a)}: {right} only A had right, {len(both) - right} only B. Shown are "
-        f"{len(shown)} whose margin moved most (right choice − best other one, nats)."
+        f"{len(shown)} whose margin moved most in their task (right choice − best other one, nats; of lambada, "
+        "which has no other, the log-likelihood)."
     )
     texts = _Texts(one.config["eval"], sorted(set(shown.task)), cache) if len(shown) else None
     for line in shown.itertuples():
@@ -231,7 +234,7 @@ def _shortened(text: str) -> str:
 # --- layers and time ----------------------------------------------------------------------------
 
 
-def layers(one: Row, other: Row, root: Path, cache: Path) -> Document:
+def layers(one: Row, other: Row, root: Path) -> Document:
     """Layers with different schemes, and what each was predicted to cost: the largest gain first."""
     items: Document = ["## Layers whose scheme differs"]
     try:
@@ -246,7 +249,7 @@ def layers(one: Row, other: Row, root: Path, cache: Path) -> Document:
     changed = [name for name in a if a[name] != b[name]]
     if not changed:
         return [*items, "None."]
-    costs, label = _costs(one, {a[n] for n in changed} | {b[n] for n in changed}, root, cache)
+    costs, label = _costs(one, {a[n] for n in changed} | {b[n] for n in changed}, root)
     lines = []
     for name in changed:
         cost = [costs.get((name, schemes[name])) for schemes in (a, b)]
@@ -273,29 +276,27 @@ def layers(one: Row, other: Row, root: Path, cache: Path) -> Document:
             f" Predicted: KL in nats per token, {label}; over all that differ A − B = {total:+.4f}."
         )
     else:
-        note += " Not scored: no stored scores in nats per token of this model and these schemes."
+        note += f" Not scored: {root}/scores has none in nats per token of this model and these schemes."
     return [*items, table, note]
 
 
-def _costs(row: Row, schemes: set[str], root: Path, cache: Path) -> tuple[dict, str]:
-    """({(layer, scheme): predicted KL}, of what), from results/ or else the cache; empty if not scored."""
+def _costs(row: Row, schemes: set[str], root: Path) -> tuple[dict, str]:
+    """({(layer, scheme): predicted KL of that layer alone}, of what); empty if not scored."""
     from mixprec import frontier
 
-    of_model = (row.model, row.result["provenance"]["model_hash"])
-    for folder in (root, cache):
-        fits = [
-            scored
-            for scored in frontier.stored_scores(folder)
-            if (scored.model, scored.model_hash) == of_model
-            and schemes <= {*scored.options, BF16.name}
-        ]
-        if fits:
-            scored = max(fits, key=lambda scored: scored.calibration)
-            rows = scored.table[["layer", "option", "score"]].itertuples(index=False)
-            costs = {(layer, option): score for layer, option, score in rows}
-            costs |= {(layer.name, BF16.name): 0.0 for layer in scored.layers}
-            return costs, scored.label
-    return {}, ""
+    fits = [
+        scored
+        for scored in frontier.stored_scores(root)
+        if scored.model == row.model
+        and scored.model_hash == row.result["provenance"]["model_hash"]
+        and schemes <= {*scored.options, BF16.name}
+    ]
+    if not fits:
+        return {}, ""
+    scored = fits[-1]  # of the most text
+    rows = scored.table[["layer", "option", "score"]].itertuples(index=False)
+    costs = {(layer, option): score for layer, option, score in rows}
+    return costs | {(layer.name, BF16.name): 0.0 for layer in scored.layers}, scored.label
 
 
 def seconds(one: Row, other: Row) -> Document:
@@ -315,7 +316,7 @@ def seconds(one: Row, other: Row) -> Document:
     machines = [row.result["provenance"].get("hardware") for row in (one, other)]
     note = "Stages that read what another cell had stored, such as scores or BF16's distributions, take next to nothing."
     if machines[0] != machines[1]:
-        note = f"The two ran on other machines, so their seconds cannot be compared. {note}"
+        note = f"The two ran on different hardware, so their seconds cannot be compared. {note}"
     return [*items, note]
 
 
