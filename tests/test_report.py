@@ -114,6 +114,7 @@ def scores(root, model: str, blocks: int) -> None:
     table.to_parquet(folder / "scores.parquet")
     about = {"signal": "fisher", "model": model, "model_hash": kept["model_hash"],
              "options": ["mxfp4", "mxfp8"], "calibration": [4, 256],
+             "lowest_kl": [1.4, 1.5], "seconds": {},
              "layers": {layer: [64, 64] for layer in layers}}  # fmt: skip
     (folder / "about.json").write_text(json.dumps(about))
 
