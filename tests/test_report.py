@@ -204,7 +204,9 @@ def test_ids_are_unique_and_every_reference_has_its_target(committed):
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
     for _, attributes in page.elements:
-        for name in ("href", "aria-labelledby", "fill"):
+        if "aria-labelledby" in attributes:
+            assert attributes["aria-labelledby"] in ids
+        for name in ("href", "fill"):
             if match := re.fullmatch(r"(?:url\()?#([^)]+)\)?", attributes.get(name, "")):
                 assert match[1] in ids
 
