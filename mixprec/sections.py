@@ -367,7 +367,7 @@ def _kl_ratio(one: dict, other: dict) -> Interval | None:
     found = []
     for end, factor in (("low", 0.9), ("high", 1 / 0.9)):
         beyond = factor
-        while (getattr(difference(beyond * ratio), end) < 0) == (end == "high"):
+        while (getattr(difference(beyond * ratio), end) < 0) == (end == "low"):
             beyond *= beyond
         root = brentq(lambda r, end=end: getattr(difference(r), end), beyond * ratio, ratio, xtol=1e-3 * ratio)  # fmt: skip
         found.append(root)
