@@ -12,7 +12,6 @@ import errno
 import fcntl
 import json
 import os
-import secrets
 import socket
 import threading
 import time
@@ -104,7 +103,7 @@ def take(folder: Path, guard: Path) -> Lock:
     """
     me = Holder(
         socket.gethostname(), _machine(), os.getpid(), _began(os.getpid()),
-        time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), secrets.token_hex(8),
+        time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), os.urandom(8).hex(),
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     while not _create(folder, me):

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import shutil
 import socket
 import time
@@ -331,7 +330,7 @@ def write(file: Path, make: Callable[[Path], object]) -> None:
 
 def _aside(file: Path, make: Callable[[Path], object]) -> Path:
     """What `make` writes, whole and on the disk, under a name of its own beside `file`."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    aside = file.with_name(f".{file.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         make(aside)
         with aside.open("rb") as stream:
