@@ -119,8 +119,9 @@ def take(folder: Path, guard: Path) -> Lock:
                     f"place; remove {folder / NAME}"
                 )
             if read(folder) == other:
-                _put(folder, me)
-                break
+                with contextlib.suppress(FileNotFoundError):  # as in _create
+                    _put(folder, me)
+                    break
     return Lock(folder, guard, me)
 
 
@@ -186,7 +187,7 @@ def _create(folder: Path, me: Holder) -> bool:
         aside.write_text(_text(me), encoding="utf-8")
         try:
             os.link(aside, file)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # or who has the lock tidied `aside` away
             return False
         except OSError as error:
             if error.errno not in _NO_LINKS:

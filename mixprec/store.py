@@ -113,7 +113,9 @@ class Store:
     def tidy(self, cell: Cell) -> None:
         """Remove what a process left that died after it stored `cell` and before it had cleaned up."""
         folder = self.folder(cell)
-        if (folder / lock.NAME).exists() or (folder / "partial").exists():
+        names = {file.name for file in folder.iterdir()}
+        left = names & {lock.NAME, "partial"} or any(name.endswith(".tmp") for name in names)
+        if left or _status(folder).get("state") in ("running", "preempted"):
             with contextlib.suppress(OSError, lock.Busy), self.claim(cell):
                 self._whole(cell)
 
@@ -126,8 +128,7 @@ class Store:
         return [result for result in found if result.get("schema") == SCHEMA]
 
     def start(self, cell: Cell) -> None:
-        for left in self.folder(cell).glob(".*.tmp"):
-            left.unlink(missing_ok=True)
+        self._remove_temporary(cell)
         self._status(
             cell, state="running", host=socket.gethostname(), pid=os.getpid(), started=_now()
         )
@@ -180,7 +181,12 @@ class Store:
                 path.unlink(missing_ok=True)
         self._whole(cell)
 
+    def _remove_temporary(self, cell: Cell) -> None:
+        for left in self.folder(cell).glob(".*.tmp"):  # of a process that died
+            left.unlink(missing_ok=True)
+
     def _whole(self, cell: Cell) -> None:
+        self._remove_temporary(cell)
         shutil.rmtree(self.partial(cell), ignore_errors=True)
         try:
             self._status(cell, state="done", finished=_now())
@@ -212,10 +218,7 @@ class Store:
 
     def _status(self, cell: Cell, **fields: Any) -> None:
         file = self.folder(cell) / "status.json"
-        try:
-            before = {} if fields["state"] == "running" else json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError):
-            before = {}
+        before = {} if fields["state"] == "running" else _status(file.parent)
         write_json(file, {**before, **fields})
 
 
@@ -288,12 +291,9 @@ def unfinished(folder: Path) -> tuple[str, str]:
 
     stale: its process died without a word. On another machine that is what a long silence looks like.
     """
-    try:
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-        state, error = status["state"], status.get("error", "")
-        who = f"pid {status.get('pid')} on {status.get('host')} since {status.get('started')}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        state, error, who = "missing", "", "an unknown process"
+    status = _status(folder)
+    state, error = status.get("state"), status.get("error", "")
+    who = f"pid {status.get('pid')} on {status.get('host')} since {status.get('started')}"
     if (folder / lock.NAME).exists():
         holder, silence = lock.read(folder), lock.silence(folder)
         dead = holder.dead if holder else None
@@ -356,6 +356,14 @@ def _sha256(file: Path) -> str:
 def _write_samples(samples: pandas.DataFrame, path: Path) -> None:
     with path.open("wb") as stream:
         samples.to_parquet(stream, index=False)
+
+
+def _status(folder: Path) -> dict:
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
 
 
 def _planned(file: Path) -> dict[str, dict]:
