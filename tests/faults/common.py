@@ -3,11 +3,14 @@
 Every script here is resumable: a trial is a line in `--log`, and those that are there are not made again.
 """
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a process whose threads are at work cannot be forked
+
 import mixprec.environment  # noqa: F401, I001 - first, as in run.py
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile

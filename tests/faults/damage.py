@@ -48,7 +48,7 @@ def trial(world: World, number: int) -> dict:
     if (folder / name).read_bytes() != after:
         wrong.append(f"{name} {how}: was overwritten")
 
-    def asked() -> None:
+    def asked() -> None:  # in a process of its own
         sweep._progress.cells = [cell]
         cfg.force = True
         world.configs = [cfg]

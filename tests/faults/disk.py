@@ -14,6 +14,14 @@ from tests.faults.common import World, trials, wait, writes
 OPERATIONS = 240  # more than a sweep has, so that each is tried
 
 
+def can_mount() -> bool:
+    with tempfile.TemporaryDirectory() as place:
+        mount = ["mount", "-t", "tmpfs", "tmpfs", place]
+        if subprocess.run(mount, capture_output=True).returncode:
+            return False
+        return subprocess.run(["umount", place]).returncode == 0
+
+
 def fill(folder: Path) -> None:
     """Leave not one byte free."""
     file = os.open(folder / "filler", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
