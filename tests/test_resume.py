@@ -157,5 +157,5 @@ def test_a_few_of_each_fault(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    assert len(rows) >= 7 and sum(row.get("SIGKILL", 0) for row in rows)
+    assert len(rows) >= 4 and sum(row.get("SIGKILL", 0) for row in rows)
     shutil.rmtree(tmp_path)
