@@ -116,6 +116,9 @@ def _samples(folder: Path, place: str, result: dict) -> Iterator[str]:
 
     if not (folder / "samples.parquet").is_file():
         return
+    expected = result.get("files", {}).get("samples.parquet")
+    if expected not in (None, store.hashes(folder)["samples.parquet"]):
+        yield "samples.parquet is not what was stored: its hash in result.json differs"
     samples = pd.read_parquet(folder / "samples.parquet")
     kept = json.loads((folder / "correct.json").read_text(encoding="utf-8"))
     yield from _differs("correct.json", kept, paired.bits(result["hash"], samples))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,18 +16,23 @@ SPACES = "a folder, ünïcödé 零"
 
 
 def sweep(folder: Path, results: Path, **how) -> subprocess.CompletedProcess:
-    """Two tiny cells by `python run.py -m`; how: env (None: without the variable) and wrapper."""
+    """Two tiny cells by `python run.py -m`; how: env (None: without the variable), wrapper, then."""
     model = folder / "model"
     if not model.exists():
         _tiny_model("llama", model)
     env = {**os.environ, **how.get("env", {})}
-    return subprocess.run(
-        [*how.get("wrapper", ()), sys.executable, "run.py", "-m", *tiny_overrides(model),
-         "model.name=tiny", "baseline=bf16,low", "tracking=off",
-         f"results='{results}'", f"cache='{CACHE.resolve()}'"],
-        cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=300,
+    command = [
+        *how.get("wrapper", ()), sys.executable, "run.py", "-m", *tiny_overrides(model),
+        "model.name=tiny", "baseline=bf16,low", "tracking=off",
+        f"results='{results}'", f"cache='{CACHE.resolve()}'",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
         env={key: value for key, value in env.items() if value is not None},
     )  # fmt: skip
+    how.get("then", lambda _: None)(process)
+    out, error = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(command, process.returncode, out, error)
 
 
 def works(done: subprocess.CompletedProcess, results: Path, expected: str) -> list[str]:
@@ -102,6 +108,27 @@ def clock_set_back(folder: Path) -> list[str]:
     return wrong
 
 
+def sigterm(folder: Path) -> list[str]:
+    """As a cluster sends it: 75, `preempted`, and the same command goes on inside the cell."""
+    results = folder / "results"
+    first = sweep(folder, results, then=lambda process: _terminate(process, results))
+    wrong = says(first, 75, "preempted: ")
+    states = [json.loads(file.read_text())["state"] for file in results.rglob("status.json")]
+    if "preempted" not in states or list(results.rglob("lock.json")):
+        wrong.append(f"states {states}")
+    again = sweep(folder, results)
+    if "allocate: taken from before" not in again.stdout:
+        wrong.append(f"nothing was taken from before: {again.stdout}")
+    return wrong + works(again, results, "")
+
+
+def _terminate(process: subprocess.Popen, results: Path) -> None:
+    """When the first cell's allocation is there, and its evaluation is not."""
+    while process.poll() is None and not list(results.rglob("partial/allocate.json")):
+        time.sleep(0.001)
+    process.terminate()
+
+
 def _machine() -> str:
     from mixprec import lock
 
@@ -132,6 +159,7 @@ def _shift(folder: Path) -> Path:
 
 PLACES: list[Callable[[Path], list[str]]] = [
     spaces_and_letters, ascii_locale, no_home, home_that_is_not_there, read_only, clock_set_back,
+    sigterm,
 ]  # fmt: skip
 
 
