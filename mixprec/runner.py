@@ -36,6 +36,8 @@ def run(cell: Cell, cfg: Config) -> Outcome:
         store.start(cell)
         place = store.partial(cell)
         result, allocation, samples = _compute(cell, Path(cfg.cache), cfg.profile, place)
+        if name := result["notes"].get("scores"):
+            store.keep_scores(Path(cfg.cache) / "scores" / name)
         store.finish(cell, result, allocation, samples, paired.bits(cell.hash, samples))
     except KeyboardInterrupt:
         store.fail(cell, "interrupted")
