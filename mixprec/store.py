@@ -204,10 +204,13 @@ class Store:
         self._status(cell, state="failed", error=error, finished=_now())
 
     def keep_scores(self, folder: Path) -> None:
-        """Copy a model's scores to `scores/`, where tables and figures find them without the cache."""
+        """Copy a model's scores to `scores/`, where tables and figures find them without the cache.
+
+        A cell that was stopped does not need them again: they may be gone with the cache.
+        """
         for name in ("scores.parquet", "about.json"):
             target = self.root / "scores" / folder.name / name
-            if not target.is_file():
+            if not target.is_file() and (folder / name).is_file():
                 write(target, lambda path, name=name: shutil.copyfile(folder / name, path))
 
     def add_to_plan(self, experiment: str, cells: list[Cell]) -> None:
