@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from mixprec import launch
 from mixprec.cell import Cell, Config, Model
 from mixprec.estimate import GB, Machine, Size, exported_bytes, memory, seconds, size_of
 from mixprec.models import arithmetic, in_hub_cache, is_on_hub
@@ -166,7 +167,8 @@ def results_here(store: Store, machine: Machine) -> list[dict]:
 
 def text(cells: list[Cell], cfg: Config, *, here: bool = True) -> str:
     """The plan of `cells` as plain text: cells, models, memory, problems, time."""
-    store, machine, sizes = Store(Path(cfg.results)), Machine.this(), sizes_of(cells)
+    store, sizes = Store(Path(cfg.results)), sizes_of(cells)
+    machine = launch.share(Machine.this(), cfg.launch)
     results = results_here(store, machine)
     states = {cell.hash: store.state(cell) for cell in cells}
     to_run, times, found = [], {}, []
