@@ -45,8 +45,8 @@ class Slurm(SlurmLauncher):
     def __call__(self, *arguments, **keywords):
         from mixprec import launch
 
-        launch.requeue_on_term()
-        return super().__call__(*arguments, **keywords)
+        with launch.requeued_if_preempted():
+            return super().__call__(*arguments, **keywords)
 
     def launch(self, job_overrides, initial_job_idx):
         from mixprec import launch, sweep
@@ -54,8 +54,8 @@ class Slurm(SlurmLauncher):
         left = sweep.left_to_run()
         if left:
             jobs = self._submit([job_overrides[index] for index in left], list(left))
-            logs = jobs[0].paths.folder
-            print(f"{len(jobs)} jobs submitted: {jobs[0].job_id.split('_')[0]}; logs: {logs}/*.out")
+            array, logs = jobs[0].job_id.split("_")[0], jobs[0].paths.folder.parent
+            print(f"SLURM job {array}: {len(jobs)} cells; logs: {logs}/{array}_*/*.out", flush=True)
             try:
                 launch.wait(jobs, list(left.values()), sweep.store())
             except KeyboardInterrupt:

@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 
 import mixprec.environment  # noqa: F401 - first: a worker's child begins here
 from mixprec.cell import Cell, Config, ConfigError, Launch
-from mixprec.store import Store
+from mixprec.store import Preempted, Store
 
 if TYPE_CHECKING:
     from mixprec.estimate import Machine
@@ -211,18 +211,8 @@ def _serve(connection: Connection) -> None:
         line = f"%(asctime)s {cell.model.name} {cell.path.rpartition('/')[2]}: %(message)s"
         for handler in logging.getLogger().handlers:
             handler.setFormatter(logging.Formatter(line, "%H:%M:%S"))
-        attempt(cell, cfg, sweep.run_cell)
+        sweep.run_far(cell, cfg)
         connection.send(None)
-
-
-def attempt(cell: Cell, cfg: Config, run_cell) -> None:
-    """Run `cell` far from the terminal: what even the runner does not catch is noted in its folder."""
-    try:
-        run_cell(cell, cfg)
-    except Exception as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        log.error("failed: %s", text)
-        Store(Path(cfg.results)).fail(cell, text)
 
 
 def _ended(code: int) -> str:
@@ -306,22 +296,34 @@ def _states(array: str) -> dict[str, str] | None:
     return dict(line.split("|") for line in answer.stdout.split() if "|" in line)
 
 
-def requeue_on_term() -> None:
-    """In a job: SIGTERM from someone who does not end the job has it start again, as SIGUSR2 does.
+@contextlib.contextmanager
+def requeued_if_preempted():
+    """In a job: SIGUSR2 and SIGTERM raise Preempted, so that the cell keeps what is finished of it.
 
-    SLURM sends SIGTERM when it ends a job (scancel, scontrol requeue, preemption), and then it knows
-    what comes next. The job is to be queued again only where nothing else is going to happen.
+    SLURM sends SIGUSR2 before the time is over, as submitit has asked it to, and submitit's answer is to
+    queue the job again. SIGTERM comes when SLURM ends a job, and then it knows what comes next
+    (scancel: nothing; scontrol requeue, preemption: the queue); or from someone who leaves the job to
+    itself (scancel --signal=TERM), and then it is to be queued again too.
     """
     from submitit.core.job_environment import JobEnvironment
 
-    def on_term(number, frame):
-        job = JobEnvironment().job_id
-        if (_states(job) or {}).get(job) == "RUNNING":
-            os.kill(os.getpid(), signal.SIGUSR2)  # submitit's: checkpoint, requeue, exit
-        else:
-            raise SystemExit(128 + number)
+    requeue, received = signal.getsignal(signal.SIGUSR2), []
 
-    signal.signal(signal.SIGTERM, on_term)
+    def preempt(number, frame):
+        received.append(number)
+        raise Preempted
+
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, preempt)
+    try:
+        yield
+    except Preempted:
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        job = JobEnvironment().job_id
+        if signal.SIGUSR2 in received or (_states(job) or {}).get(job) == "RUNNING":
+            requeue(signal.SIGUSR2, None)  # counts it if the time was over, and exits
+        raise
 
 
 if __name__ == "__main__":

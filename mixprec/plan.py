@@ -198,7 +198,7 @@ def _cells_table(cells: list[Cell], states: dict, times: dict[str, float | None]
     for cell in cells:
         state, why = states[cell.hash]
         rows.append((cell, state, _duration(times[cell.hash]) if cell.hash in times else ""))
-        if state == "failed" and why:
+        if state in ("failed", "stale", "running") and why:
             rows.append((f"  {why[:90]}", "", ""))
     return _table(("cell", "state", "time"), rows)
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import hydra.errors
@@ -25,10 +29,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mixprec import launch
 from mixprec.cell import Cell, Config, ConfigError, Launch, cell_of, typed
-from mixprec.store import Outcome, Store
+from mixprec.lock import Busy
+from mixprec.store import PREEMPTED, Outcome, Preempted, Store
+from mixprec.store import one_line as fault
 
 log = logging.getLogger(__name__)
 
+POLL = 2.0  # seconds between two looks at cells that other processes compute
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -43,6 +50,8 @@ class _Progress:
     jobs: list[Cell] = field(default_factory=list)  # of each of Hydra's jobs, in its order
     cfg: Config | None = None  # of the first of them
     before: dict[str, str] = field(default_factory=dict)  # status.json, before cells were launched
+    elsewhere: list[tuple[Cell, Config]] = field(default_factory=list)  # to come back to
+    preempted: bool = False
 
 
 _progress = _Progress()
@@ -91,7 +100,14 @@ def _announce(configs: list[DictConfig]) -> None:
     _check_machine(cells, first, here)
     _progress.cells, _progress.jobs, _progress.cfg = cells, jobs, first
     if first.experiment:
-        Store(Path(first.results)).add_to_plan(first.experiment, cells)
+        try:
+            Store(Path(first.results)).add_to_plan(first.experiment, cells)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(
+                f"error: plan of {first.experiment} in {first.results}: {fault(error)}",
+                file=sys.stderr,
+            )
+            sys.exit(1)
 
 
 def _check_machine(cells: list[Cell], cfg: Config, here: bool) -> None:
@@ -121,26 +137,83 @@ def run_one(config: DictConfig) -> None:
         launch.in_child(cell, cfg, logging_as, hydra_config.verbose)
         return
     if cfg.launch.name == "slurm":
-        launch.attempt(cell, cfg, run_cell)
+        run_far(cell, cfg)
         return
     if cell.hash in _progress.outcomes:
         return
     place = [other.hash for other in _progress.cells].index(cell.hash) + 1
     log.info("[%d/%d] %s", place, len(_progress.cells), cell)
-    _progress.outcomes[cell.hash] = run_cell(cell, cfg)
+    outcome = run_cell(cell, cfg)
+    if outcome.state == "elsewhere":
+        log.info("  %s; back to it at the end", outcome.message)
+        # Whoever has it may be asked by `force` too: once is enough.
+        _progress.elsewhere.append((cell, replace(cfg, force=False)))
+    else:
+        _progress.outcomes[cell.hash] = outcome
 
 
-def run_cell(cell: Cell, cfg: Config) -> Outcome:
-    """Run `cell` unless it is stored."""
-    settled = None if cfg.force else Store(Path(cfg.results)).settled(cell)
-    if settled is not None:
-        log.log(
-            logging.ERROR if settled.failed else logging.INFO, "  %s", settled.message or "stored"
-        )
-        return settled
-    from mixprec import runner  # and with it torch: seconds that a stored sweep need not wait for
+def come_back() -> None:
+    """Wait for the cells that other processes compute; run those that these left undone."""
+    while _progress.elsewhere:
+        waiting = []
+        for cell, cfg in _progress.elsewhere:
+            outcome = run_cell(cell, cfg, again=True)
+            if outcome.state == "elsewhere":
+                waiting.append((cell, cfg))
+            else:
+                _progress.outcomes[cell.hash] = outcome
+        if waiting and len(waiting) == len(_progress.elsewhere):
+            time.sleep(POLL)
+        _progress.elsewhere = waiting
 
-    return runner.run(cell, cfg)
+
+def run_cell(cell: Cell, cfg: Config, *, again: bool = False) -> Outcome:
+    """Run `cell` unless it is stored, or another process computes it. again: it was asked for before."""
+    store = Store(Path(cfg.results))
+    settled = None if cfg.force else store.settled(cell)
+    try:
+        if settled is None:
+            with _until_preempted(), store.claim(cell):
+                settled = None if cfg.force else store.settled(cell)  # by whoever had it before
+                if settled is None:
+                    if again:
+                        log.info("back to %s", cell)
+                    # And with it torch: seconds that a stored sweep need not wait for.
+                    from mixprec import runner
+
+                    return runner.run(cell, cfg)
+        elif not settled.failed:
+            store.tidy(cell)
+    except Busy as busy:
+        return Outcome(cell, "elsewhere", str(busy))
+    except OSError as error:  # of the lock; the runner returns its own
+        settled = Outcome(cell, "failed", fault(error))
+    level = logging.ERROR if settled.failed else logging.INFO
+    log.log(level, "  %s", settled.message or "stored")
+    return settled
+
+
+@contextmanager
+def _until_preempted():
+    """SIGTERM raises Preempted here, if nobody else (a launcher of jobs) has a use for it."""
+
+    def stop(*_):
+        _progress.preempted = True
+        raise Preempted
+
+    mine = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if mine:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if mine and _progress.preempted:  # raised where it could not get out, as in a destructor
+        raise Preempted
 
 
 # --- cells that other processes run -----------------------------------------------------------
@@ -160,12 +233,27 @@ def left_to_run() -> dict[int, Cell]:
     return left
 
 
+def run_far(cell: Cell, cfg: Config) -> None:
+    """Run `cell` far from the terminal: what even the runner does not catch is noted in its folder."""
+    try:
+        while run_cell(cell, cfg).state == "elsewhere":
+            time.sleep(POLL)
+            cfg = replace(cfg, force=False)  # once is enough, whoever did it
+    except Exception as error:
+        log.error("failed: %s", fault(error))
+        Store(Path(cfg.results)).fail(cell, fault(error))
+
+
 def read_outcomes(left: dict[int, Cell]) -> None:
     """What became of launched cells, as their processes wrote it."""
+    cfg = _progress.cfg
     for cell in left.values():
         text = _status(cell)
         status = json.loads(text or "{}")
         if text == _progress.before[cell.hash]:
+            if not cfg.force and (settled := store().settled(cell)) is not None:
+                _progress.outcomes[cell.hash] = settled  # another sweep had it
+                continue
             state, why = "failed", "it was not begun; see the log of its process"
         elif status["state"] == "done":
             state, why = "done", ""
@@ -188,8 +276,18 @@ def _status(cell: Cell) -> str:
 
 
 def main(task: Callable[[], None]) -> int:
-    """Run Hydra's `task`; the exit code: 0, 1 if a cell failed, 2 if the configuration is wrong."""
-    _refuse_or(task)
+    """Run Hydra's `task`; the exit code: 0, 1 if a cell failed, 2 if the configuration is wrong.
+
+    PREEMPTED if SIGTERM came: started again, the same command goes on where this one was.
+    """
+    try:
+        with _until_preempted():
+            _refuse_or(task)
+            come_back()
+    except Preempted:
+        done = sum(outcome.state == "done" for outcome in _progress.outcomes.values())
+        print(f"preempted: {done} cells run; the same command goes on from here", file=sys.stderr)
+        return PREEMPTED
     outcomes = list(_progress.outcomes.values())
     failed = [outcome for outcome in outcomes if outcome.failed]
     if len(outcomes) > 1 or failed:

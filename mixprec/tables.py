@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mixprec import audit, paired, published
+from mixprec import audit, paired, published, store
 from mixprec.audit import WIDTH, wrapped
 from mixprec.cell import ConfigError
 from mixprec.paired import Answers, Estimate
@@ -88,11 +88,14 @@ def read(root: Path) -> tuple[dict[str, Row], dict[str, list[Row]]]:
     for file in sorted(root.glob("*/*/*/*/result.json")):
         path = file.parent.relative_to(root).as_posix()
         try:
-            result = json.loads(file.read_text(encoding="utf-8"))
+            result = store.read(file.parent)
             answers = paired.read(file.parent, result)
             stored[path] = Row(path, result["config"], result, answers=answers)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"{path}: result.json cannot be read: {one_line(error)}", file=sys.stderr)
+            why = one_line(error).removeprefix("Damaged: ")
+            if not why.startswith("result.json"):
+                why = f"result.json cannot be read: {why}"
+            print(f"{path}: {why}", file=sys.stderr)
     plans = {}
     for file in sorted((root / "plans").glob("*.json")):
         plan = json.loads(file.read_text(encoding="utf-8"))
@@ -106,12 +109,16 @@ def _planned(root: Path, cell: dict, stored: dict[str, Row]) -> Row:
         return row
     if row is not None:
         reason = "stored with another configuration; force=true reruns it"
+    elif (root / cell["path"] / "result.json").exists():
+        reason = "its result is damaged; `python -m mixprec.verify` says how"
     else:
-        try:
-            status = json.loads((root / cell["path"] / "status.json").read_text())
-            reason = f"failed: {status['error']}" if "error" in status else "not finished"
-        except (OSError, ValueError):
-            reason = "not run"
+        state, why = store.unfinished(root / cell["path"])
+        reason = {
+            "missing": "not run",
+            "running": f"not finished: computed by {why}",
+            "stale": f"not finished: {why}",
+            "preempted": "not finished: preempted",
+        }.get(state, f"{state}: {why}")
     return Row(cell["path"], cell["config"], None, reason)
 
 
