@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -72,6 +73,15 @@ def check(launch: Launch, group: str) -> None:
                 f"launch.workers={launch.workers}: accepted: 1 to {groups}: {len(visible)} GPUs are "
                 f"seen here, and each has {launch.gpus}"
             )
+
+
+def check_program(launch: Launch) -> None:
+    """ConfigError if jobs cannot be handed over from here."""
+    if launch.name == "slurm" and shutil.which("sbatch") is None:
+        raise ConfigError(
+            "launch=slurm: there is no sbatch here; accepted: launch=slurm on a login node of a SLURM "
+            "cluster, launch=local, launch=joblib"
+        )
 
 
 def is_here(launch: Launch) -> bool:

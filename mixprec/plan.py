@@ -186,9 +186,10 @@ def text(cells: list[Cell], cfg: Config, *, here: bool = True) -> str:
         (
             _cells_table(cells, states, times),
             _models_table(_models(cells), sizes),
-            _memory_table(cells, to_run, sizes, machine, results),
+            _memory_table(cells, to_run, sizes, machine, results, _whose(cfg)),
             "\n".join(found),
-            _total(cells, list(times.values()), len(results)),
+            _total(cells, list(times.values()), len(results))
+            + ("" if cfg.launch.name == "local" else "; one after another"),
         )
     )
 
@@ -222,6 +223,7 @@ def _memory_table(
     sizes: dict[str, Size | None],
     machine: Machine,
     results: list[dict],
+    whose: str,
 ) -> str:
     rows = []
     settings_of = {str(cell.model.name): cell.settings["model"] for cell in cells}
@@ -235,8 +237,13 @@ def _memory_table(
             most = [max(peak.get(place, 0) for peak in peaks) for place in ("cpu", "gpu")]
             rows.append((name, f"measured, {len(peaks)} cells", *map(_gigabytes, most)))
     gpus = " + ".join(map(_gigabytes, machine.gpus)) or "none"
-    rows.append(("this machine", "", _gigabytes(machine.memory), gpus))
+    rows.append((whose, "", _gigabytes(machine.memory), gpus))
     return _table(("memory", "stage", "CPU, GB", "GPU, GB"), rows)
+
+
+def _whose(cfg: Config) -> str:
+    here = "this machine"
+    return f"1/{launch.workers(cfg.launch)} of {here}" if cfg.launch.name == "joblib" else here
 
 
 def _total(cells: list[Cell], times: list[float | None], results: int) -> str:

@@ -97,6 +97,7 @@ def _announce(configs: list[DictConfig]) -> None:
 
         print(plan.text(cells, first, here=here))
         sys.exit(0)
+    launch.check_program(first.launch)
     _check_machine(cells, first, here)
     _progress.cells, _progress.jobs, _progress.cfg = cells, jobs, first
     if first.experiment:

@@ -70,6 +70,13 @@ def test_every_command_of_the_documentation_can_be_run(monkeypatch):
         judged(*(word for word in command.split() if word not in ("-m", "plan=true")))
 
 
+def test_without_sbatch_slurm_is_refused(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match=r"launch=slurm: there is no sbatch here; accepted: "):
+        launch.check_program(Launch(name="slurm"))
+    launch.check_program(Launch(name="joblib"))
+
+
 def test_another_machines_memory_is_not_judged_by_this_ones():
     assert launch.is_here(configuration("launch=joblib").launch)
     assert not launch.is_here(configuration("launch=slurm").launch)
