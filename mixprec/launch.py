@@ -51,19 +51,19 @@ def check(launch: Launch, group: str) -> None:
     """ConfigError unless the launcher has every key that is set. group: the file that was chosen."""
     if launch.name != group:
         raise ConfigError(f"launch.name={launch.name}: accepted: launch={group} as it is")
-    keys = [
-        *yaml.safe_load((_ROOT / f"conf/launch/{group}.yaml").read_text(encoding="utf-8"))["launch"]
-    ]
+    file = _ROOT / f"conf/launch/{group}.yaml"
+    defaults = yaml.safe_load(file.read_text(encoding="utf-8"))["launch"]
     for key, value in asdict(launch).items():
-        if value is None:
-            continue
-        if key not in keys:
-            accepted = ", ".join(f"launch.{name}" for name in keys[1:]) or "none of its keys"
+        if value is not None and key not in defaults:
+            accepted = ", ".join(f"launch.{k}" for k in defaults if k != "name") or "none of them"
             raise ConfigError(
                 f"launch.{key}={value}: launch={group} has no such key; accepted: {accepted}"
             )
-        if (least := _LEAST.get(key)) is not None and value < least:
-            raise ConfigError(f"launch.{key}={value}: accepted: {least} or more")
+        least, given = _LEAST.get(key, 0), "null" if value is None else value
+        if (value is None and defaults.get(key) is not None) or (
+            isinstance(value, int) and value < least
+        ):
+            raise ConfigError(f"launch.{key}={given}: accepted: {least} or more")
     if group == "joblib" and (visible := visible_gpus()):
         groups = len(_groups(visible, launch.gpus))
         if launch.gpus > len(visible):

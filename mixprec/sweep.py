@@ -316,7 +316,8 @@ def _refuse_or(act: Callable[[], None]) -> None:
     try:
         act()
     except (ConfigError, HydraException, OmegaConfBaseException, *_ODD) as error:
-        if isinstance(error, _ODD) and _progress.cells:
+        odd = isinstance(error, _ODD) and not isinstance(error, ConfigError)
+        if odd and _progress.cells:
             raise  # the configuration was found good: this is a fault of the program
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
