@@ -7,6 +7,8 @@ this file whenever it starts, so everything heavy is imported late.
 
 import mixprec.environment  # noqa: F401, I001 - first: a job of SLURM begins here
 
+import contextlib
+import io
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -88,13 +90,14 @@ class Slurm(SlurmLauncher):
         Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
         state = Singleton.get_state()
         try:
-            return executor.map_array(
-                self,
-                [list(overrides) for overrides in job_overrides],
-                ["hydra.sweep.dir"] * len(numbers),
-                numbers,
-                [f"job_id_for_{number}" for number in numbers],
-                [state] * len(numbers),
-            )
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints it too
+                return executor.map_array(
+                    self,
+                    [list(overrides) for overrides in job_overrides],
+                    ["hydra.sweep.dir"] * len(numbers),
+                    numbers,
+                    [f"job_id_for_{number}" for number in numbers],
+                    [state] * len(numbers),
+                )
         except submitit.core.utils.FailedJobError as error:
             raise ConfigError(f"launch=slurm: {' '.join(str(error).split())}") from error
