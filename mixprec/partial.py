@@ -26,18 +26,17 @@ log = logging.getLogger(__name__)
 
 SYNC = 5.0  # seconds after which answers are on the disk itself; a dead process loses none of them
 CHUNK = 1024  # requests of an engine that does not say when a batch is finished
-_CODE = Path(__file__).resolve().parent
 
 
-def code() -> str:
-    """sha256 over the sources of mixprec/."""
-    files = sorted(_CODE.rglob("*.py"))
+def _code() -> str:
+    root = Path(__file__).resolve().parent
+    files = {file.relative_to(root).as_posix(): file for file in sorted(root.rglob("*.py"))}
     return digest(
-        [
-            [file.relative_to(_CODE).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest()]
-            for file in files
-        ]
+        {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
     )
+
+
+CODE = _code()  # sha256 over the sources of mixprec/ as this process read them
 
 
 class Partial:

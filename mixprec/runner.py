@@ -212,7 +212,7 @@ def _identity(cell: Cell, checkpoint: Checkpoint, device, dtype) -> dict:
     made_with = provenance.collect()
     return {
         "cell": cell.hash,
-        "code": partial.code(),
+        "code": partial.CODE,
         "model": checkpoint.fingerprint,
         "arithmetic": [str(device), str(dtype), torch.get_num_threads()],
         **{key: made_with[key] for key in ("python", "packages", "hardware")},

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import shutil
 import socket
 import time
@@ -114,7 +113,9 @@ class Store:
     def tidy(self, cell: Cell) -> None:
         """Remove what a process left that died after it stored `cell` and before it had cleaned up."""
         folder = self.folder(cell)
-        if (folder / lock.NAME).exists() or (folder / "partial").exists():
+        names = {file.name for file in folder.iterdir()}
+        left = names & {lock.NAME, "partial"} or any(name.endswith(".tmp") for name in names)
+        if left or _status(folder).get("state") in ("running", "preempted"):
             with contextlib.suppress(OSError, lock.Busy), self.claim(cell):
                 self._whole(cell)
 
@@ -127,8 +128,7 @@ class Store:
         return [result for result in found if result.get("schema") == SCHEMA]
 
     def start(self, cell: Cell) -> None:
-        for left in self.folder(cell).glob(".*.tmp"):
-            left.unlink(missing_ok=True)
+        self._remove_temporary(cell)
         self._status(
             cell, state="running", host=socket.gethostname(), pid=os.getpid(), started=_now()
         )
@@ -173,15 +173,22 @@ class Store:
             last = aside.pop("result.json")
             for name in list(aside):
                 aside.pop(name).replace(folder / name)
-            _sync(folder)
+            with contextlib.suppress(OSError):  # the files have their names; hashes tell the rest
+                _sync(folder)
             last.replace(folder / "result.json")
-            _sync(folder)
+            with contextlib.suppress(OSError):
+                _sync(folder)
         finally:
             for path in aside.values():
                 path.unlink(missing_ok=True)
         self._whole(cell)
 
+    def _remove_temporary(self, cell: Cell) -> None:
+        for left in self.folder(cell).glob(".*.tmp"):  # of a process that died
+            left.unlink(missing_ok=True)
+
     def _whole(self, cell: Cell) -> None:
+        self._remove_temporary(cell)
         shutil.rmtree(self.partial(cell), ignore_errors=True)
         try:
             self._status(cell, state="done", finished=_now())
@@ -213,10 +220,7 @@ class Store:
 
     def _status(self, cell: Cell, **fields: Any) -> None:
         file = self.folder(cell) / "status.json"
-        try:
-            before = {} if fields["state"] == "running" else json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError):
-            before = {}
+        before = {} if fields["state"] == "running" else _status(file.parent)
         write_json(file, {**before, **fields})
 
 
@@ -254,12 +258,13 @@ def unsealed(folder: Path, result: dict) -> str | None:
     if "content_hash" not in result:
         return f"result.json has no content hash; if it is of an older version, `{MIGRATE}` adds it"
     for name, expected in result["files"].items():
+        if name == "samples.parquet":
+            continue  # not committed, and large: mixprec/verify.py reads it
         try:
             if _sha256(folder / name) != expected:
                 return f"{name} is not what was stored: its hash in result.json differs"
         except FileNotFoundError:
-            if name != "samples.parquet":  # which is not committed
-                return f"{name} is missing"
+            return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({one_line(error)})"
     return None
@@ -289,12 +294,9 @@ def unfinished(folder: Path) -> tuple[str, str]:
 
     stale: its process died without a word. On another machine that is what a long silence looks like.
     """
-    try:
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-        state, error = status["state"], status.get("error", "")
-        who = f"pid {status.get('pid')} on {status.get('host')} since {status.get('started')}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        state, error, who = "missing", "", "an unknown process"
+    status = _status(folder)
+    state, error = status.get("state"), status.get("error", "")
+    who = f"pid {status.get('pid')} on {status.get('host')} since {status.get('started')}"
     if (folder / lock.NAME).exists():
         holder, silence = lock.read(folder), lock.silence(folder)
         dead = holder.dead if holder else None
@@ -331,7 +333,7 @@ def write(file: Path, make: Callable[[Path], object]) -> None:
 
 def _aside(file: Path, make: Callable[[Path], object]) -> Path:
     """What `make` writes, whole and on the disk, under a name of its own beside `file`."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    aside = file.with_name(f".{file.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         make(aside)
         with aside.open("rb") as stream:
@@ -357,6 +359,14 @@ def _sha256(file: Path) -> str:
 def _write_samples(samples: pandas.DataFrame, path: Path) -> None:
     with path.open("wb") as stream:
         samples.to_parquet(stream, index=False)
+
+
+def _status(folder: Path) -> dict:
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
 
 
 def _planned(file: Path) -> dict[str, dict]:

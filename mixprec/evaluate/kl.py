@@ -62,9 +62,9 @@ def divergence(model: torch.nn.Module, tokens: torch.Tensor, reference: Referenc
         agreements.append((expected.argmax(-1) == actual.argmax(-1)).float().mean().item())
     return {
         "mean": _mean(kls),
-        "stderr": _stderr(kls),
+        "stderr": stderr(kls),
         "top1": _mean(agreements),
-        "top1_stderr": _stderr(agreements),
+        "top1_stderr": stderr(agreements),
         "sequences": len(kls),
         "tokens": tokens.numel(),
         "per_sequence": kls,
@@ -92,7 +92,8 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _stderr(values: list[float]) -> float | None:
+def stderr(values: list[float]) -> float | None:
+    """Of the mean; None of one value."""
     n = len(values)
     if n < 2:
         return None

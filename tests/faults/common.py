@@ -3,11 +3,14 @@
 Every script here is resumable: a trial is a line in `--log`, and those that are there are not made again.
 """
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a process whose threads are at work cannot be forked
+
 import mixprec.environment  # noqa: F401, I001 - first, as in run.py
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -151,7 +154,9 @@ def comparable(result: dict) -> dict:
     kept = {key: value for key, value in result.items() if key not in NOT_COMPARED}
     # Whether scores lay in the cache is how a run came by them.
     notes = {k: v for k, v in result["notes"].items() if not k.endswith("_stored")}
-    return {**kept, "notes": notes}
+    # Nor whether somebody commits meanwhile: what code ran decides whether a stage counts.
+    provenance = {k: v for k, v in result["provenance"].items() if k != "git"}
+    return {**kept, "notes": notes, "provenance": provenance}
 
 
 def wait(pid: int) -> int:

@@ -44,7 +44,7 @@ def trial(world: World, runners: int, kill: bool, rng: random.Random) -> dict:
     killed = 0
     if kill:
         victim = pids.pop(0)
-        time.sleep(rng.uniform(0, runners * world.seconds))
+        time.sleep(rng.uniform(0, world.seconds))
         killed = alive(victim)
         if killed:
             os.kill(victim, signal.SIGKILL)
