@@ -57,12 +57,18 @@ def state_of(results: Path, name: str) -> str:
     return "missing"
 
 
-def until(condition, what: str, seconds: float = 60):
+def until(condition, what, seconds: float = 60):
+    """what: a text, or a function that makes it."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < deadline, what
+        assert time.monotonic() < deadline, what() if callable(what) else what
         time.sleep(0.1)
     return found
+
+
+def what_slurm_did(slurm: dict) -> str:
+    jobs = ask(slurm, "squeue", "--array", "--states=all", "--format=%i|%T|%r")
+    return jobs + Path(slurm["SLURM_CONF"]).with_name("slurmctld.log").read_text()[-3000:]
 
 
 def job_of(slurm: dict, name: str) -> str:
@@ -104,8 +110,13 @@ def test_a_job_that_is_queued_again_computes_its_cell(slurm, tiny, tmp_path, exp
     ):
         until(lambda: state_of(tmp_path, name) == "running", f"{name} is not begun")  # noqa: B023
         job = job_of(slurm, str(number))
-        assert not ask(slurm, *how, job)
-        until(lambda: restarts(slurm, job) == 1, f"{name} is not queued again")  # noqa: B023
+        # scancel tries again for a minute if it meets the job between two states; one signal is enough.
+        asking = subprocess.Popen([*how, job], env=slurm)
+        until(
+            lambda: restarts(slurm, job) == 1,  # noqa: B023
+            lambda: f"{name} is not queued again: {what_slurm_did(slurm)}",  # noqa: B023
+        )
+        asking.kill()
         if how[0] == "scancel":
             assert state_of(tmp_path, name) == "preempted"
     out, _ = end(sweep)
