@@ -1,6 +1,7 @@
 """launch=slurm on a real SLURM: `make test-slurm`, which is no part of `make test`."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,11 @@ LONGER = ["model.limit=40", "eval.tasks=[piqa,winogrande,hellaswag]"]  # seconds
 
 @pytest.fixture(scope="module")
 def slurm():
+    before = {*CACHE.glob("slurm/*")}
     with cluster.running() as environment:
         yield {**environment, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    for folder in {*CACHE.glob("slurm/*")} - before:
+        shutil.rmtree(folder)
 
 
 def ask(slurm: dict, *arguments: str) -> str:
