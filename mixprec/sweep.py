@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import signal
 import sys
@@ -19,13 +20,15 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mixprec.cell import Cell, Config, ConfigError, cell_of, typed
+from mixprec import launch
+from mixprec.cell import Cell, Config, ConfigError, Launch, cell_of, typed
 from mixprec.lock import Busy
 from mixprec.store import PREEMPTED, Outcome, Preempted, Store
 from mixprec.store import one_line as fault
@@ -44,6 +47,9 @@ class _Progress:
 
     cells: list[Cell] = field(default_factory=list)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    jobs: list[Cell] = field(default_factory=list)  # of each of Hydra's jobs, in its order
+    cfg: Config | None = None  # of the first of them
+    before: dict[str, str] = field(default_factory=dict)  # status.json, before cells were launched
     elsewhere: list[tuple[Cell, Config]] = field(default_factory=list)  # to come back to
     preempted: bool = False
 
@@ -72,6 +78,8 @@ def _composed(config: DictConfig) -> list[DictConfig]:
     )
     if any(o.key_or_group == "experiment" and o.is_sweep_override() for o in overrides):
         raise ConfigError("experiment: one at a time: it is a sweep by itself; accepted: one name")
+    if any(o.key_or_group.split(".")[0] == "launch" and o.is_sweep_override() for o in overrides):
+        raise ConfigError("launch: a sweep has one launcher; accepted: one value a key")
     (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     loader = GlobalHydra.instance().config_loader()
     return [loader.load_sweep_config(config, list(job)) for job in jobs]
@@ -79,17 +87,19 @@ def _composed(config: DictConfig) -> list[DictConfig]:
 
 def _announce(configs: list[DictConfig]) -> None:
     typed_configs = [typed(without_hydra(config)) for config in configs]
-    cells = list({cell.hash: cell for cell in map(cell_of, typed_configs)}.values())
     first = typed_configs[0]
-    # A job that another machine will run says nothing about this one's memory.
-    here = "submitit" not in str(configs[0].hydra.launcher.get("_target_"))
+    launch.check(first.launch, configs[0].hydra.runtime.choices.launch)
+    here = launch.is_here(first.launch)
+    jobs = [cell_of(cfg, here=here) for cfg in typed_configs]
+    cells = list({cell.hash: cell for cell in jobs}.values())
     if first.plan:
         from mixprec import plan
 
         print(plan.text(cells, first, here=here))
         sys.exit(0)
+    launch.check_program(first.launch)
     _check_machine(cells, first, here)
-    _progress.cells = cells
+    _progress.cells, _progress.jobs, _progress.cfg = cells, jobs, first
     if first.experiment:
         try:
             Store(Path(first.results)).add_to_plan(first.experiment, cells)
@@ -109,7 +119,7 @@ def _check_machine(cells: list[Cell], cfg: Config, here: bool) -> None:
         return  # and neither torch nor the hub is asked
     from mixprec import plan
 
-    sizes, machine = plan.sizes_of(to_run), plan.Machine.this()
+    sizes, machine = plan.sizes_of(to_run), launch.share(plan.Machine.this(), cfg.launch)
     results = plan.results_here(store, machine)
     found = plan.problems(to_run, sizes, machine, results, Path(cfg.cache), here=here, strict=False)
     for line in found:
@@ -121,7 +131,15 @@ def _check_machine(cells: list[Cell], cfg: Config, here: bool) -> None:
 def run_one(config: DictConfig) -> None:
     """Hydra's task: one cell. Never raises for a cell that fails, so that the sweep goes on."""
     cfg = typed(without_hydra(config))
-    cell = cell_of(cfg)
+    cell = cell_of(cfg, here=False)  # the sweep was judged where it was started
+    if cfg.launch.name == "joblib":
+        hydra_config = HydraConfig.get()
+        logging_as = OmegaConf.to_container(hydra_config.job_logging, resolve=True)
+        launch.in_child(cell, cfg, logging_as, hydra_config.verbose)
+        return
+    if cfg.launch.name == "slurm":
+        run_far(cell, cfg)
+        return
     if cell.hash in _progress.outcomes:
         return
     place = [other.hash for other in _progress.cells].index(cell.hash) + 1
@@ -199,6 +217,65 @@ def _until_preempted():
         raise Preempted
 
 
+# --- cells that other processes run -----------------------------------------------------------
+
+
+def left_to_run() -> dict[int, Cell]:
+    """Number of Hydra's job -> its cell, for cells that are to be run, each once; notes the others."""
+    cfg, left = _progress.cfg, {}
+    for number, cell in enumerate(_progress.jobs):
+        if cell.hash in _progress.outcomes or cell in left.values():
+            continue
+        if (settled := None if cfg.force else store().settled(cell)) is not None:
+            _progress.outcomes[cell.hash] = settled
+        else:
+            left[number] = cell
+            _progress.before[cell.hash] = _status(cell)
+    return left
+
+
+def run_far(cell: Cell, cfg: Config) -> None:
+    """Run `cell` far from the terminal: what even the runner does not catch is noted in its folder."""
+    try:
+        while run_cell(cell, cfg).state == "elsewhere":
+            time.sleep(POLL)
+            cfg = replace(cfg, force=False)  # once is enough, whoever did it
+    except Exception as error:
+        log.error("failed: %s", fault(error))
+        Store(Path(cfg.results)).fail(cell, fault(error))
+
+
+def read_outcomes(left: dict[int, Cell]) -> None:
+    """What became of launched cells, as their processes wrote it."""
+    cfg = _progress.cfg
+    for cell in left.values():
+        text = _status(cell)
+        status = json.loads(text or "{}")
+        if text == _progress.before[cell.hash]:
+            if not cfg.force and (settled := store().settled(cell)) is not None:
+                _progress.outcomes[cell.hash] = settled  # another sweep had it
+                continue
+            state, why = "failed", "it was not begun; see the log of its process"
+        elif status["state"] == "done":
+            state, why = "done", ""
+        else:
+            state, why = "failed", status.get("error") or f"{status['state']}; its process is gone"
+        _progress.outcomes[cell.hash] = Outcome(cell, state, why)
+
+
+def store() -> Store:
+    return Store(Path(_progress.cfg.results))
+
+
+def typed_launch() -> Launch:
+    return _progress.cfg.launch
+
+
+def _status(cell: Cell) -> str:
+    file = store().folder(cell) / "status.json"
+    return file.read_text() if file.is_file() else ""
+
+
 def main(task: Callable[[], None]) -> int:
     """Run Hydra's `task`; the exit code: 0, 1 if a cell failed, 2 if the configuration is wrong.
 
@@ -239,7 +316,8 @@ def _refuse_or(act: Callable[[], None]) -> None:
     try:
         act()
     except (ConfigError, HydraException, OmegaConfBaseException, *_ODD) as error:
-        if isinstance(error, _ODD) and _progress.cells:
+        odd = isinstance(error, _ODD) and not isinstance(error, ConfigError)
+        if odd and _progress.cells:
             raise  # the configuration was found good: this is a fault of the program
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
