@@ -405,10 +405,12 @@ def paired_table(cells: pd.DataFrame, stored: dict[str, Row]) -> tuple[pd.DataFr
     )
     lines = [
         {
-            "accuracy": _difference(one.accuracy, 100, 2, p),
+            "accuracy": _differs(one.accuracy and markup.points(one.accuracy), p),
             "p": markup.p_value(p),
             "n needed": DASH if one.needed is None else f"{one.needed:,}",
-            "KL": _difference(one.kl, 1, 3, kl_p),
+            "KL": _differs(
+                one.kl and markup.interval(one.kl.value, one.kl.low, one.kl.high, 3, 3, "+"), kl_p
+            ),
         }
         for one, p, kl_p in zip(pairs, corrected, kl_corrected, strict=True)
     ]
@@ -686,25 +688,23 @@ def _accuracy(line: pd.Series) -> str:
 def _divergence(line: pd.Series) -> str:
     """KL, as `0.5227 (0.446–0.605)`; ± its standard error where the sequences' own were not kept."""
     low, high = line.get("kl_low"), line.get("kl_high")
-    if markup.absent(low) or markup.absent(high):
+    if markup.absent(low):
         text = markup.plus_minus(line.get("kl_mean"), line.get("kl_stderr"), 4)
     else:
-        text = f"{markup.number(line['kl_mean'], 4)} ({markup.ends(low, high, 3)})"
+        text = markup.interval(line["kl_mean"], low, high, 4, 3)
     return markup.marked(text, best=bool(line["best_kl"]), differs=_held(line, "kl_minus_ours_p"))
+
+
+def _differs(text: str | None, p: float | None) -> str:
+    return (
+        DASH
+        if text is None
+        else markup.marked(text, best=False, differs=p is not None and p < ALPHA)
+    )
 
 
 def _held(line: pd.Series, name: str) -> bool:
     return not markup.absent(line.get(name)) and line[name] < ALPHA
-
-
-def _difference(interval: Interval | None, scale: float, digits: int, p: float | None) -> str:
-    """As `+3.76 (+1.42 to +6.10) *`."""
-    if interval is None:
-        return DASH
-    text = markup.number(scale * interval.value, digits, "+")
-    if interval.low is not None:
-        text += f" ({markup.ends(scale * interval.low, scale * interval.high, digits, '+')})"
-    return markup.marked(text, best=False, differs=p is not None and p < ALPHA)
 
 
 def _as_printed(line: pd.Series) -> str:
