@@ -48,6 +48,9 @@ verify: setup  ## recompute every stored result's hash and numbers, and the tabl
 compare: setup  ## explain two stored cells (A=five-250/…/fisher-6 B=five-250/…/ours-6 FLIPS=10)
 	@$(BIN)/python -m mixprec.compare "$(A)" "$(B)" --results $(RESULTS) $(if $(FLIPS),--flips $(FLIPS))
 
+report: setup  ## one page of everything in results/: results/report.html, figures in results/figures
+	@$(BIN)/python -m mixprec.report --results $(RESULTS)
+
 frontier: setup  ## predicted KL against bits for stored scores, with what was measured: results/figures
 	@$(BIN)/python -m mixprec.frontier --results $(RESULTS)
 
@@ -67,7 +70,7 @@ test-slurm: setup  ## launch=slurm on a real SLURM of one node, set up for it an
 	@[ "$$(id -u)" = 0 ] || { echo "error: make test-slurm: accepted: as root, which slurmd wants" >&2; exit 2; }
 	@PATH=$$PATH:/usr/sbin; command -v slurmctld slurmd munged sbatch >/dev/null || { \
 		command -v apt-get >/dev/null || { echo "error: no SLURM here; accepted: slurm-wlm and munge, as Debian has them" >&2; exit 2; }; \
-		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y slurm-wlm munge >/dev/null; }
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y slurm-wlm munge >/dev/null; }
 	$(BIN)/python -m pytest tests/slurm
 
 test-faults: setup  ## break things some hundred times, as docs/reliability.md counts them (half an hour; root for the disk)
@@ -76,6 +79,12 @@ test-faults: setup  ## break things some hundred times, as docs/reliability.md c
 	$(BIN)/python -m tests.faults.disk
 	$(BIN)/python -m tests.faults.damage
 	$(BIN)/python -m tests.faults.places
+
+test-browser: setup  ## test the report page in a headless Chromium (installs Debian's, as root)
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| { echo "error: no chromium here, and none could be installed; install the package chromium" >&2; exit 2; }
+	$(BIN)/python -m pytest tests/browser
 
 lint: setup  ## check style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -35,15 +35,15 @@ ORDER = [
 ]  # fmt: skip
 
 _CAPTION = "Accuracy ± one standard error (percent of BF16, its 95 % interval)."
-_ABOUT_PACKAGED_MODEL = (
+ABOUT_PACKAGED_MODEL = (
     "smollm2_135m is SmolLM2-135M-Instruct de-quantized from a Q4_1 GGUF; what is called BF16 is "
     "that, not the published checkpoint."
 )
-_ABOUT_PACKAGED_DOCUMENTS = (
+ABOUT_PACKAGED_DOCUMENTS = (
     "lambada_openai is the variant of the packaged documents, whose text has no line breaks; its "
     "number is not comparable with the original's."
 )
-_ABOUT_ENDS = (
+ABOUT_ENDS = (
     "head: the layers near lm_head (the end of the network); tail: those near the embedding (the "
     "start). This is the report's usage."
 )
@@ -569,9 +569,9 @@ def _sizes(cells: pd.DataFrame) -> str:
 def _notes(table: pd.DataFrame) -> list[str]:
     notes = []
     if "smollm2_135m" in set(table.model):
-        notes += [_ABOUT_PACKAGED_MODEL, _ABOUT_PACKAGED_DOCUMENTS]
+        notes += [ABOUT_PACKAGED_MODEL, ABOUT_PACKAGED_DOCUMENTS]
     if table.baseline.str.match("head|tail").any():
-        notes.append(_ABOUT_ENDS)
+        notes.append(ABOUT_ENDS)
     return notes
 
 

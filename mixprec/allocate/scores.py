@@ -23,16 +23,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-import torch
 from filelock import FileLock
 
-from mixprec import data, models
 from mixprec.allocate import knapsack
-from mixprec.allocate.backward import divergences
-from mixprec.allocate.blocks import Blocks
 from mixprec.cell import ConfigError, digest
 from mixprec.evaluate.vllm import FUSED
-from mixprec.experts import expert_of
 from mixprec.schemes import BF16, Layer, Scheme
 from mixprec.store import write, write_json
 
@@ -169,6 +164,8 @@ def fused(layers: list[Layer]) -> list[list[int]]:
 
 def _check_unreached(table: pd.DataFrame, layers: list[Layer], request) -> None:
     """Note the experts that no token reached. Raises ConfigError unless calibration.unreached=lowest."""
+    from mixprec.experts import expert_of
+
     names = dict.fromkeys(table.layer[table.score.isna()])
     unreached = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     if not unreached:
@@ -195,6 +192,12 @@ def stored(
     stderr its standard error, because tokens of one sequence are not independent; NaN for one sample.
     Raises FloatingPointError if a score is not finite; an expert's that no token reached are NaN.
     """
+    import torch  # here, so that stored scores can be read and solved without it
+
+    from mixprec import data, models
+    from mixprec.allocate.backward import divergences
+    from mixprec.allocate.blocks import Blocks
+
     checkpoint = models.checkpoint(request.model, request.cache)
     tokenizer = models.load_tokenizer(checkpoint, request.model)
     rows = []  # what a signal without calibration sees
@@ -243,6 +246,8 @@ def stored(
 
 def _table(samples: np.ndarray, layers, schemes) -> pd.DataFrame:
     """The mean of `samples` [samples, layers, options] over the first axis, and its standard error."""
+    from mixprec.experts import expert_of
+
     table = pd.DataFrame(
         [(layer.name, scheme.name, scheme.bits) for layer in layers for scheme in schemes],
         columns=["layer", "option", "bits"],
