@@ -21,6 +21,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mixprec import terminal
 from mixprec.cell import Cell, Config, ConfigError, cell_of, typed
 from mixprec.store import Outcome, Store
 
@@ -37,6 +38,7 @@ class _Progress:
 
     cells: list[Cell] = field(default_factory=list)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    results: Path = Path("results")
 
 
 _progress = _Progress()
@@ -80,9 +82,10 @@ def _announce(configs: list[DictConfig]) -> None:
         print(plan.text(cells, first, here=here))
         sys.exit(0)
     _check_machine(cells, first, here)
-    _progress.cells = cells
+    _progress.cells, _progress.results = cells, Path(first.results)
     if first.experiment:
         Store(Path(first.results)).add_to_plan(first.experiment, cells)
+    terminal.start(cells, first)
 
 
 def _check_machine(cells: list[Cell], cfg: Config, here: bool) -> None:
@@ -109,17 +112,20 @@ def run_one(config: DictConfig) -> None:
     if cell.hash in _progress.outcomes:
         return
     place = [other.hash for other in _progress.cells].index(cell.hash) + 1
-    log.info("[%d/%d] %s", place, len(_progress.cells), cell)
+    terminal.begin(cell)
+    log.info("[%d/%d] %s", place, len(_progress.cells), cell, extra=terminal.SHOWN)
     _progress.outcomes[cell.hash] = run_cell(cell, cfg)
+    terminal.end(_progress.outcomes[cell.hash])
 
 
 def run_cell(cell: Cell, cfg: Config) -> Outcome:
     """Run `cell` unless it is stored."""
     settled = None if cfg.force else Store(Path(cfg.results)).settled(cell)
     if settled is not None:
-        log.log(
-            logging.ERROR if settled.failed else logging.INFO, "  %s", settled.message or "stored"
-        )
+        if settled.failed:
+            log.error("  %s", settled.message)
+        else:
+            log.info("  stored", extra=terminal.SHOWN)
         return settled
     from mixprec import runner  # and with it torch: seconds that a stored sweep need not wait for
 
@@ -128,8 +134,13 @@ def run_cell(cell: Cell, cfg: Config) -> Outcome:
 
 def main(task: Callable[[], None]) -> int:
     """Run Hydra's `task`; the exit code: 0, 1 if a cell failed, 2 if the configuration is wrong."""
-    _refuse_or(task)
+    try:
+        _refuse_or(task)
+    finally:
+        terminal.stop()
     outcomes = list(_progress.outcomes.values())
+    if len(outcomes) > 1:
+        print(terminal.table(outcomes, _progress.results))
     failed = [outcome for outcome in outcomes if outcome.failed]
     if len(outcomes) > 1 or failed:
         count = {state: sum(o.state == state for o in outcomes) for state in ("done", "stored")}

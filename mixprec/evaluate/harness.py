@@ -11,8 +11,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from mixprec import terminal
 from mixprec.cell import Cell
 from mixprec.evaluate import vllm
+from mixprec.evaluate.so_far import SoFar
 from mixprec.evaluate.tasks import tasks_of
 
 
@@ -32,6 +34,7 @@ def accuracy(
 
     tasks = tasks_of(cell.eval, cache)
     lm = language_model(model, tokenizer, cell)
+    lm.set_cache_hook(SoFar(tasks, terminal.so_far))
     with _no_bar_for_prompts():
         results = lm_eval.evaluate(
             lm=lm,
