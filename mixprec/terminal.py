@@ -48,7 +48,8 @@ class _Line:
 class _Sweep:
     lines: dict[str, _Line]  # by hash
     results: Path
-    live: object = None  # rich.live.Live, on a terminal
+    console: object = None  # rich's, on a terminal
+    live: object = None  # its live lines
     now: _Line | None = None
     said: float = 0.0
     restore: list = field(default_factory=list)
@@ -69,8 +70,9 @@ def start(cells: list[Cell], cfg: Config) -> None:
         from rich.console import Console
         from rich.live import Live
 
+        _sweep.console = Console()
         _sweep.live = Live(
-            console=Console(), get_renderable=_rendered, refresh_per_second=4, transient=True
+            console=_sweep.console, get_renderable=_rendered, refresh_per_second=4, transient=True
         )
         _sweep.live.start()
 
@@ -298,7 +300,7 @@ def _rendered():
 
     if _sweep is None:
         return Text()
-    console = _sweep.live.console
+    console = _sweep.console
     lines = list(_sweep.lines.values())
     common = os.path.commonpath([line.cell.path for line in lines]) if len(lines) > 1 else ""
     now = lines.index(_sweep.now) if _sweep.now else sum(x.state != "waiting" for x in lines)

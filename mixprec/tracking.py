@@ -51,7 +51,7 @@ def log_cell(cell: Cell, result: dict, allocation: dict, cfg: Config) -> None:
         log.warning(
             "  W&B: %s; results are stored all the same, tracking is off from here on "
             "(`make track` and `make sync` make up for it)",
-            _safe(error),
+            safe(error),
         )
 
 
@@ -74,7 +74,7 @@ def log_tables(tables: dict[str, object], tracking: Tracking, results: str) -> N
         if tracking.mode == "online":
             upload(pending(Path(results), "tables"), UPLOAD_SECONDS)
     except Exception as error:
-        log.warning("W&B: %s", _safe(error))
+        log.warning("W&B: %s", safe(error))
 
 
 def write_cell(
@@ -266,7 +266,10 @@ def upload(runs: list[Path], seconds: float) -> None:
 
 
 def limited(command: list[str], seconds: float, **environment: str) -> str:
-    """Run a program that may talk to W&B; the last line it says. Raises TimeoutError after `seconds`."""
+    """Run a program that may talk to W&B; the last line it says.
+
+    Raises TimeoutError after `seconds`, and RuntimeError with that line if the program fails.
+    """
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
@@ -275,22 +278,22 @@ def limited(command: list[str], seconds: float, **environment: str) -> str:
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise TimeoutError(f"no end after {seconds:g} s") from None
+            raise TimeoutError(f"W&B did not answer within {seconds:g} s") from None
         finally:
             if process.poll() is None:  # too late, or this process is being interrupted
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         output.seek(0)
         lines = [line.strip() for line in output.read().splitlines() if line.strip()]
-    return _without_key(lines[-1].removeprefix("wandb: ")) if lines else ""
+    last = lines[-1].removeprefix("wandb: ") if lines else ""
+    if process.returncode:
+        raise RuntimeError(last or f"exit code {process.returncode}")
+    return last
 
 
-def _safe(error: Exception) -> str:
-    return _without_key(one_line(error))
-
-
-def _without_key(text: str) -> str:
-    key = os.environ.get("WANDB_API_KEY")
+def safe(error: Exception) -> str:
+    """In one line, without the key."""
+    text, key = one_line(error), os.environ.get("WANDB_API_KEY")
     return text.replace(key, "…") if key else text
 
 
@@ -368,7 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        print(f"W&B: {_safe(error)}", file=sys.stderr)
+        print(f"W&B: {safe(error)}", file=sys.stderr)
         return 1
     return 0
 
