@@ -85,7 +85,9 @@ def _announce(configs: list[DictConfig]) -> None:
     _progress.cells, _progress.results = cells, Path(first.results)
     if first.experiment:
         Store(Path(first.results)).add_to_plan(first.experiment, cells)
-    terminal.start(cells, first)
+    launcher = str(configs[0].hydra.launcher.get("_target_"))
+    if launcher.endswith("BasicLauncher"):  # cells run in this process
+        terminal.start(cells, first)
 
 
 def _check_machine(cells: list[Cell], cfg: Config, here: bool) -> None:
@@ -137,10 +139,10 @@ def main(task: Callable[[], None]) -> int:
     try:
         _refuse_or(task)
     finally:
-        terminal.stop()
+        live = terminal.stop()
     outcomes = list(_progress.outcomes.values())
-    if len(outcomes) > 1:
-        print(terminal.table(outcomes, _progress.results))
+    if (live or len(outcomes) > 1) and (table := terminal.table(outcomes, _progress.results)):
+        print(table)
     failed = [outcome for outcome in outcomes if outcome.failed]
     if len(outcomes) > 1 or failed:
         count = {state: sum(o.state == state for o in outcomes) for state in ("done", "stored")}

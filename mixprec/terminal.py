@@ -77,16 +77,18 @@ def start(cells: list[Cell], cfg: Config) -> None:
         _sweep.live.start()
 
 
-def stop() -> None:
-    """Show nothing more; what was printed stays."""
+def stop() -> bool:
+    """Show nothing more. True if the lines were live: they are gone, and said what is not logged."""
     global _sweep
     if _sweep is None:
-        return
-    if _sweep.live is not None:
-        _sweep.live.stop()
+        return False
+    live = _sweep.live
+    if live is not None:
+        live.stop()
     for undo in _sweep.restore:
         undo()
     _sweep = None
+    return live is not None
 
 
 def begin(cell: Cell) -> None:

@@ -151,6 +151,7 @@ def layer_table(allocation: dict) -> list[dict]:
 
 def heat_map(layers: list[dict], title: str, file: Path) -> None:
     """A PNG of an allocation: blocks from the embedding to lm_head, kinds of linears, bits as colour."""
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys(row["linear"] for row in layers))
@@ -162,13 +163,15 @@ def heat_map(layers: list[dict], title: str, file: Path) -> None:
         figsize=(2.5 + 0.22 * len(blocks), 1.2 + 0.25 * min(len(kinds), 100)), layout="constrained"
     )
     axes = figure.subplots()
-    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=2, vmax=16)
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", norm=LogNorm(2, 16))
     axes.set_title(title, fontsize="small")
     axes.set_xticks(range(0, len(blocks), 5), [str(block) for block in blocks[::5]])
     axes.set_yticks(range(len(kinds)), kinds, fontsize="small")
     axes.set_xlabel("block, from the embedding to lm_head")
     widths = sorted({row["bits"] for row in layers})
-    figure.colorbar(image, ax=axes, ticks=widths, label="bits")
+    bar = figure.colorbar(image, ax=axes, label="bits")
+    bar.set_ticks(widths, labels=[f"{bits:g}" for bits in widths])
+    bar.minorticks_off()
     figure.savefig(file, dpi=100)
 
 

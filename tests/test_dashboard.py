@@ -106,7 +106,7 @@ class Server(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
         try:
             asked = json.loads(body)
-            answer = json.dumps({"data": self.answer(asked["query"], asked["variables"])})
+            answer = json.dumps({"data": self.answer(asked["query"], asked.get("variables") or {})})
         except (ValueError, KeyError):
             answer = "{}"
         self.send_response(200)

@@ -101,8 +101,8 @@ def test_a_cell_is_a_run_that_can_be_read_back(tracked):
     logged = found["history"][0]["item"]
     for key, value in tracking.scalars(result).items():
         assert logged[key] == pytest.approx(value), key
-    assert logged["allocation/heat_map"]["_type"] == "image-file"
-    assert logged["allocation/layers"]["nrows"] == result["quantized"]["layers"]
+    assert logged["allocation/heat_map._type"] == "image-file"
+    assert logged["allocation/layers.nrows"] == result["quantized"]["layers"]
     assert "artifact" in found
 
 
