@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from mixprec.cell import TRACKING_MODES, Cell, Config, ConfigError, Tracking, digest
@@ -185,8 +186,9 @@ def _run_id(result: dict) -> str:
 def _folders(results: Path) -> dict[str, Path]:
     """Run id -> the newest folder that has it; older ones are what it replaces."""
     newest = {}
-    for folder in sorted((results / "wandb").glob("offline-run-*-*")):
-        newest[folder.name.split("-", 3)[3]] = folder  # offline-run-<time>-<id>
+    for folder in sorted((results / "wandb").glob("offline-run-*")):  # then the time
+        for file in folder.glob("run-*.wandb"):
+            newest[file.stem.removeprefix("run-")] = folder
     return newest
 
 
@@ -194,7 +196,7 @@ def pending(results: Path, run_id: str | None = None) -> list[Path]:
     """Runs that are whole and not uploaded yet; all of them, or the one of `run_id`."""
     found = []
     for name, folder in _folders(results).items():
-        if run_id in (None, name) and not any(folder.glob("*.wandb.synced")):
+        if run_id in (None, name) and not _uploaded(folder):
             last = max((file.stat().st_mtime for file in folder.glob("*.wandb")), default=None)
             if last is not None and (
                 (folder / DONE).is_file() or time.time() - last > STILL_WRITTEN
@@ -241,31 +243,36 @@ def _write(
     return True
 
 
-def upload(runs: list[Path], seconds: float) -> None:
-    """`wandb sync` them. Raises RuntimeError or TimeoutError, in one line, if one is not uploaded then.
+def upload(runs: list[Path], seconds: float) -> int:
+    """`wandb sync` them; how many. One that another process is uploading is left to it.
 
-    W&B marks a run that is uploaded by a file beside it, whatever becomes of the others.
+    W&B marks a run that is uploaded by a file beside it, whatever becomes of the others. Raises
+    RuntimeError or TimeoutError, in one line, if one is not uploaded by then.
     """
-    if not runs:
-        return
     from filelock import FileLock, Timeout
 
-    results = runs[0].parent.parent
-    try:
-        with FileLock(results / "wandb" / ".sync.lock", timeout=seconds / 2):
-            runs = [run for run in runs if not any(run.glob("*.wandb.synced"))]
-            said = limited(
-                [sys.executable, "-m", "wandb", "sync", *map(str, runs)], seconds,
-                # Its own log, and nowhere else.
-                WANDB_DIR=str(results), NO_COLOR="1",
-            )  # fmt: skip
-    except Timeout:
-        raise TimeoutError("another process is uploading") from None
-    left = [run for run in runs if not any(run.glob("*.wandb.synced"))]
+    with ExitStack() as locks:
+        ours = []
+        for run in runs:
+            with suppress(Timeout):
+                locks.enter_context(FileLock(run / ".sync.lock", timeout=0))
+                ours += [] if _uploaded(run) else [run]
+        if not ours:
+            return 0
+        said = limited(
+            [sys.executable, "-m", "wandb", "sync", *map(str, ours)], seconds,
+            WANDB_DIR=str(ours[0].parent.parent), NO_COLOR="1",  # for its own log
+        )  # fmt: skip
+    left = [run for run in ours if not _uploaded(run)]
     if left:
         raise RuntimeError(
-            f"{len(left)} of {len(runs)} runs not uploaded: {said or 'no reason given'}"
+            f"{len(left)} of {len(ours)} runs not uploaded: {said or 'no reason given'}"
         )
+    return len(ours)
+
+
+def _uploaded(run: Path) -> bool:
+    return any(run.glob("*.wandb.synced"))
 
 
 def limited(command: list[str], seconds: float, **environment: str) -> str:
@@ -345,10 +352,8 @@ def track(results: Path, tracking: Tracking, only: str | None = None) -> tuple[i
 
 def sync(results: Path) -> tuple[int, int]:
     """Upload every run below results/wandb that is not yet; (how many now, how many before)."""
-    runs = pending(results)
-    before = sum(any(run.glob("*.wandb.synced")) for run in _folders(results).values())
-    upload(runs, 60 + 20 * len(runs))
-    return len(runs), before
+    runs, before = pending(results), sum(map(_uploaded, _folders(results).values()))
+    return upload(runs, 60 + 20 * len(runs)), before
 
 
 def main(arguments: list[str] | None = None) -> int:

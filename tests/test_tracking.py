@@ -57,7 +57,7 @@ def tracked(tiny, tmp_path, monkeypatch):
 @pytest.fixture
 def stored(tmp_path):
     """Results with three committed cells of table 1."""
-    names = ("mxfp4_mxfp8/fisher-5", "mxfp4_mxfp8/tail8-5", "none/bf16")
+    names = ("mxfp4_mxfp8/fisher-5", "mxfp4_mxfp8/ours-5", "none/bf16")
     for name in names:
         place = f"five-250/smollm2_135m/{name}"
         shutil.copytree(ROOT / "results" / place, tmp_path / place)
@@ -132,30 +132,32 @@ def test_the_layers_of_a_cell_are_a_table_of_all_of_them():
 def test_the_tables_are_one_run_however_often(tmp_path):
     for value in (1, 1, 2):
         tracking.log_tables({"demo": pd.DataFrame({"a": [value]})}, OFFLINE, str(tmp_path))
-    assert [run.name.split("-", 3)[3] for run in runs(tmp_path)] == ["tables"] * len(runs(tmp_path))
-    assert len(runs(tmp_path)) <= 2  # the same content is not written again
-    assert records(runs(tmp_path)[0])["run"][0]["job_type"] == "tables"
+    assert len(runs(tmp_path)) == 2  # the same content is not written again
+    for run in runs(tmp_path):
+        (record,) = records(run)["run"]
+        assert (record["run_id"], record["job_type"]) == ("tables", "tables")
+    assert tracking.pending(tmp_path) == runs(tmp_path)[1:]  # the newer one, which replaces it
 
 
 def test_stored_cells_are_logged_after_the_fact_and_once(stored):
     assert tracking.track(stored, OFFLINE) == (3, 3)
     assert tracking.track(stored, OFFLINE) == (0, 3)
     hashes = [json.loads(f.read_text())["hash"] for f in stored.rglob("result.json")]
-    assert {run.name.split("-", 3)[3] for run in runs(stored)} == {f"cell-{h[:16]}" for h in hashes}
-    (fisher,) = [run for run in map(records, runs(stored)) if run["run"][0]["job_type"] == "fisher"]
+    read = [records(run) for run in runs(stored)]
+    assert {run["run"][0]["run_id"] for run in read} == {f"cell-{h[:16]}" for h in hashes}
+    (fisher,) = [run for run in read if run["run"][0]["job_type"] == "fisher"]
     assert fisher["history"][0]["item"]["kl/predicted"] == pytest.approx(0.4268, abs=1e-4)
 
 
 def test_a_run_that_was_cut_short_is_written_again(stored):
     tracking.track(stored, OFFLINE)
     (runs(stored)[0] / tracking.DONE).unlink()
-    time.sleep(1.1)  # W&B names folders by the second
     assert tracking.track(stored, OFFLINE) == (1, 3)
 
 
 def test_an_experiments_cells_alone(stored, capsys):
     assert tracking.main(["track", "--results", str(stored), "--only", "table1"]) == 0
-    assert "2 runs written" in capsys.readouterr().out  # bf16 and tail8: fisher is none of its rows
+    assert "2 runs written" in capsys.readouterr().out  # bf16 and ours: fisher is none of its rows
     assert {records(run)["run"][0]["run_group"] for run in runs(stored)} == {"table1"}
     assert tracking.main(["track", "--results", str(stored), "--only", "nothing"]) == 2
     error = capsys.readouterr().err
@@ -190,7 +192,7 @@ def test_of_two_runs_of_one_cell_the_newest_is_uploaded_and_none_that_is_being_w
     for name in ("20250101_000000-cell-a", "20250102_000000-cell-a", "20250101_000000-cell-b"):
         folder = tmp_path / "wandb" / f"offline-run-{name}"
         folder.mkdir(parents=True)
-        (folder / "run.wandb").touch()
+        (folder / f"run-{name[16:]}.wandb").touch()
         if name.endswith("a"):
             (folder / tracking.DONE).touch()
     assert [run.name for run in tracking.pending(tmp_path)] == [
