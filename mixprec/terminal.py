@@ -18,6 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tabulate import tabulate
+
 from mixprec.cell import Cell, Config
 from mixprec.store import Outcome, Store
 
@@ -148,7 +150,7 @@ def table(outcomes: list[Outcome], results: Path) -> str:
     texts = []
     for evaluation, part in tables.frame(rows, stored).groupby("eval", sort=False):
         short = tables.summary_table(part)
-        texts.append(f"{evaluation}\n{short.to_markdown(stralign='left', disable_numparse=True)}")
+        texts.append(f"{evaluation}\n{tabulate(short, 'keys', 'plain', disable_numparse=True)}")
     return "\n\n".join(texts)
 
 
