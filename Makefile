@@ -60,6 +60,7 @@ bench: setup  ## measure against lm-eval and auto-round (an hour or more; leave 
 	$(BIN)/python -m mixprec.bench column
 	$(BIN)/python -m mixprec.bench growth
 	$(BIN)/python -m mixprec.bench signals
+	$(BIN)/python -m mixprec.bench stability
 	$(BIN)/python -m mixprec.bench blocks
 
 test: setup  ## run the tests

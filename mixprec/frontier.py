@@ -27,7 +27,7 @@ STEP = 0.05  # bits
 
 @dataclass(frozen=True)
 class Scored:
-    """One signal's stored scores. calibration: [samples, tokens]; table: as of `scores.stored`."""
+    """One signal's stored scores. calibration: [samples, tokens]; table, lowest_kl: of `scores.stored`."""
 
     signal: str
     model: str
@@ -35,6 +35,8 @@ class Scored:
     options: list[str]
     calibration: list[int]
     layers: list[Layer]
+    lowest_kl: list[float]
+    seconds: dict[str, float]
     table: pd.DataFrame
 
     @property
@@ -42,17 +44,16 @@ class Scored:
         return f"{self.signal}, predicted ({self.calibration[0]} × {self.calibration[1]} tokens)"
 
 
-def stored_scores(cache: Path) -> list[Scored]:
-    """Every stored score that is in nats per token and says what it is of, the oldest first."""
+def stored_scores(results: Path) -> list[Scored]:
+    """Every stored score below results/ that is in nats per token, those of more text last."""
     signals, found = baselines_that_take("target"), []
-    files = (cache / "scores").glob("*/about.json")
-    for file in sorted(files, key=lambda file: (file.stat().st_mtime, file)):
+    for file in sorted((results / "scores").glob("*/about.json")):
         about = json.loads(file.read_text(encoding="utf-8"))
         if about["signal"] in signals:
             layers = [Layer(name, *shape) for name, shape in about.pop("layers").items()]
             table = pd.read_parquet(file.with_name("scores.parquet"))
             found.append(Scored(**about, layers=layers, table=table))
-    return found
+    return sorted(found, key=lambda scored: scored.calibration)
 
 
 def solved(scored: Scored, options: list[str], *, tied: bool = False) -> pd.DataFrame:
@@ -67,7 +68,7 @@ def solved(scored: Scored, options: list[str], *, tied: bool = False) -> pd.Data
     for place in range(round((highest - lowest) / STEP) + 1):
         budget = round(lowest + place * STEP, 6)
         allocation, kl, stderr = scores.best(
-            scored.layers, schemes, scored.table, budget, tied=tied
+            scored.layers, schemes, scored.table, budget, tied=tied, lowest_kl=scored.lowest_kl
         )
         bits = realised_bits(scored.layers, allocation)
         lines.append({"budget": budget, "bits": bits, "kl": kl, "stderr": stderr})
@@ -115,11 +116,11 @@ def figure(curves: dict[str, pd.DataFrame], points: pd.DataFrame, title: str, fi
     predicted.save(fig, axes, file)
 
 
-def render(results: Path, cache: Path) -> list[Path]:
+def render(results: Path) -> list[Path]:
     """Write the frontier of every model and option set that has scores and results."""
     rows = [row for row in tables.read(results)[0].values() if row.result.get("kl")]
     by_model: dict[tuple[str, str], list[Scored]] = {}
-    for scored in stored_scores(cache):
+    for scored in stored_scores(results):
         by_model.setdefault((scored.model, scored.model_hash), []).append(scored)
     written = []
     for (model, model_hash), scored in by_model.items():
@@ -146,7 +147,7 @@ def _render(
     plain = [option for option in options if option != BF16.name]
     curves = {}
     for one in scored:
-        if one.options == plain:  # of several with one label, the newest
+        if one.options == plain:  # of several with one label, the last
             curves[one.label] = solved(one, options)
             curves[one.label + predicted.FUSED] = solved(one, options, tied=True)
     of_options = [
@@ -169,13 +170,12 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m mixprec.frontier", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--results", type=Path, default=Path("results"), help="default: results")
-    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="default: .cache")
     chosen = parser.parse_args(arguments)
-    written = render(chosen.results, chosen.cache)
+    written = render(chosen.results)
     if not written:
         names = ", ".join(baselines_that_take("target"))
         print(
-            f"error: {chosen.cache}/scores has no scores in nats per token of a model in {chosen.results}/; "
+            f"error: {chosen.results}/scores has no scores in nats per token of a model in {chosen.results}/; "
             f"accepted: those of baseline={names}, which a run stores",
             file=sys.stderr,
         )

@@ -31,6 +31,8 @@ def run(cell: Cell, cfg: Config) -> Outcome:
     try:
         store.start(cell)
         result, allocation, samples = _compute(cell, Path(cfg.cache), cfg.profile)
+        if name := result["notes"].get("scores"):
+            store.keep_scores(Path(cfg.cache) / "scores" / name)
         store.finish(cell, result, allocation, samples)
     except KeyboardInterrupt:
         store.fail(cell, "interrupted")

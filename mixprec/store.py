@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -112,6 +113,13 @@ class Store:
     def fail(self, cell: Cell, error: str) -> None:
         """Note why a cell failed; a result that was stored before stays."""
         self._status(cell, state="failed", error=error, finished=_now())
+
+    def keep_scores(self, folder: Path) -> None:
+        """Copy a model's scores to `scores/`, where tables and figures find them without the cache."""
+        for name in ("scores.parquet", "about.json"):
+            target = self.root / "scores" / folder.name / name
+            if not target.is_file():
+                write(target, lambda path, name=name: shutil.copyfile(folder / name, path))
 
     def add_to_plan(self, experiment: str, cells: list[Cell]) -> None:
         """Note which cells an experiment consists of, so that its table can show what is missing."""

@@ -86,6 +86,8 @@ def test_both_paths_give_the_same_scores(variants, name, monkeypatch):
         theirs = rule.score(model, tokens, layers, schemes)
         assert ours.shape == theirs.shape and np.isfinite(ours).all() and (ours > 0).any()
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6 * theirs.max())
+    ours, theirs = (backward.divergences(of, tokens, layers, MX[0]) for of in (blocks, model))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3)
 
 
 def test_one_block_at_a_time_is_in_memory(variants, monkeypatch):

@@ -1,6 +1,8 @@
 """The frontier of stored scores, and predictions against measurements; no model is loaded for either."""
 
+import dataclasses
 import math
+import shutil
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -35,14 +37,14 @@ def stored(tiny, tmp_path_factory):
     ):
         outcome = run(results, *tiny_overrides(tiny["llama"]), *cells, f"cache='{cache}'")
         assert outcome.state == "done", outcome.message
-    of_model = frontier.stored_scores(cache)
+    of_model = frontier.stored_scores(results)
     (scored,) = of_model
     return results, scored
 
 
 def test_a_frontier_is_exact_falls_and_is_nearly_convex(stored):
     """Nearly: the solver takes whole layers, so it is above its hull by less than one layer's step."""
-    _, scored = stored
+    scored = dataclasses.replace(stored[1], lowest_kl=None)  # sums as they are
     curve = frontier.solved(scored, ["mxfp4", "mxfp8"])
     assert len(curve) == 81 and (curve.bits <= curve.budget).all() and (curve.stderr > 0).all()
     assert (curve.kl.diff().dropna() <= 1e-12).all()
@@ -61,6 +63,15 @@ def test_a_frontier_is_exact_falls_and_is_nearly_convex(stored):
     assert kl[20] < (kl[0] + kl[40]) / 2  # and it bends the right way
 
 
+def test_a_frontier_starts_at_what_was_measured_of_the_lowest_option(stored, monkeypatch):
+    _, scored = stored
+    monkeypatch.setattr(frontier, "STEP", 1)
+    curve = frontier.solved(scored, ["mxfp4", "mxfp8"])
+    assert curve.kl.iloc[0] == pytest.approx(np.mean(scored.lowest_kl))
+    sums = frontier.solved(dataclasses.replace(scored, lowest_kl=None), ["mxfp4", "mxfp8"])
+    assert (curve.bits == sums.bits).all() and (curve.kl.diff().dropna() < 0).all()
+
+
 def test_fused_layers_cost_and_bf16_does_not_harm(stored, monkeypatch):
     _, scored = stored
     monkeypatch.setattr(frontier, "STEP", 0.25)
@@ -77,7 +88,7 @@ def test_it_writes_a_figure_and_its_numbers_without_a_model(stored, monkeypatch,
     monkeypatch.setattr(frontier, "STEP", 0.5)
     monkeypatch.setattr(models, "load", None)
     monkeypatch.setattr(scores, "stored", None)
-    assert frontier.main(["--results", str(results), "--cache", str(cache_of(results))]) == 0
+    assert frontier.main(["--results", str(results)]) == 0
     printed = capsys.readouterr().out
     figures = {file.name for file in (results / "figures").iterdir()}
     name = f"frontier-{scored.model}-mxfp4_mxfp8"
@@ -115,19 +126,17 @@ def test_every_baseline_has_a_look_of_its_own():
     assert set(names) == set(predicted.tables.ORDER)
 
 
-@pytest.mark.parametrize("what", ["nothing", "scores of another model", "results alone"])
+@pytest.mark.parametrize("what", ["nothing", "scores alone", "results alone"])
 def test_without_scores_it_says_so_in_one_line(stored, tmp_path, capsys, what):
     results, _ = stored
-    asked = {
-        "nothing": (tmp_path, tmp_path),
-        "scores of another model": (tmp_path, cache_of(results)),
-        "results alone": (results, tmp_path),
-    }[what]
-    assert frontier.main(["--results", str(asked[0]), "--cache", str(asked[1])]) == 2
+    for part in {"nothing": (), "scores alone": ("scores",), "results alone": ("five-2",)}[what]:
+        shutil.copytree(results / part, tmp_path / part)
+    before = sorted(tmp_path.rglob("*"))
+    assert frontier.main(["--results", str(tmp_path)]) == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.count("\n") == 1
     assert "accepted: those of baseline=fisher, measured_kl" in output.err
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def put(root, overrides, prediction, kl):

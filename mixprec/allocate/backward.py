@@ -23,8 +23,10 @@ from mixprec.linear import Seen, multiply, pack
 from mixprec.rounding import round_mx
 from mixprec.schemes import Layer, Scheme
 
-TOKENS_AT_ONCE = 2048
+TOKENS_AT_ONCE = 4096
 LOGITS_AT_ONCE = 256
+# An option above the lowest loses little, and so does its score by resting on fewer tokens.
+EVERY = 4  # of its tokens, one is scored
 
 
 def totals(
@@ -40,8 +42,11 @@ def totals(
     tokens:   ids [sequences, tokens]
     gradient: (logits [n, words], sequence, start) -> what is sent back from them, [n, words], where
               they are those of n tokens of that sequence from `start` on; it may change logits
-    score:    (error, x, g, back) -> one number for each token, [tokens], of an option's `Error`
+    score:    (error, g, back) -> one number for each token, [tokens], of an option's `Error`
 
+    For options but the first, one token of EVERY stands for all: in sequence s those at −s modulo EVERY,
+    so that over EVERY sequences each place counts once. All count where there are fewer sequences, and
+    for an expert, whose tokens are few.
     NaN for an expert that no token reaches. Logits are taken to be the output head's own, as in
     `evaluate.kl`. Raises ConfigError for any other layer that not every token reaches.
     """
@@ -49,13 +54,26 @@ def totals(
 
     def see(name, weight, sequences, x, g, back):
         x, g, back = (t.reshape(-1, t.shape[-1]) for t in (x, g, back))
+        few = expert_of(name) is not None or len(tokens) < EVERY
+        some = None if few else _one_of_every(sequences, tokens.shape[1])
         for option, scheme in enumerate(schemes):
-            error = Error(weight, scheme, rounded, x)
-            sums.add(name, option, sequences, score(error, x, g, back))
+            if option == 0 or some is None:
+                each = score(Error(weight, scheme, rounded, x), g, back)
+                sums.add(name, option, sequences, each)
+            else:
+                error = Error(weight, scheme, rounded, x, some)
+                each = EVERY * score(error, g[some], back[some])
+                sums.add(name, option, sequences[some], each)
 
     backward = _through_blocks if isinstance(model, Blocks) else _through_model
     backward(model, tokens, [layer.name for layer in layers], gradient, see)
     return sums.of_all()
+
+
+def _one_of_every(sequences: torch.Tensor, length: int) -> torch.Tensor:
+    """Rows of the tokens that options but the first are scored on, of whole sequences of that length."""
+    places = torch.arange(len(sequences)) % length
+    return ((places + sequences) % EVERY == 0).nonzero()[:, 0]
 
 
 class Sums:
@@ -109,10 +127,18 @@ class Error:
     In this form nothing large cancels, so bfloat16 arithmetic will do too.
     """
 
-    def __init__(self, weight: torch.Tensor, scheme: Scheme, inputs: Inputs, x: torch.Tensor):
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scheme: Scheme,
+        inputs: Inputs,
+        x: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ):
+        """rows: of x, those that it is for; None: all."""
         self.weight = weight
         self.weight_error = (round_weight(weight, scheme) - weight.float()).to(x.dtype)
-        self.x, self.x_error = inputs.rounded(x, scheme) if scheme.activations else (x, None)
+        self.x, self.x_error = inputs.rounded(x, scheme, rows)
 
     def along(self, g: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
         """g · (y' − y) for each token; back: g W."""
@@ -132,16 +158,23 @@ class Inputs:
 
     def __init__(self):
         self._input: torch.Tensor | None = None  # held, so that its memory cannot become another's
-        self._by_scheme: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._by_scheme: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
-    def rounded(self, x: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
-        """(Q(x), Q(x) − x)."""
+    def rounded(
+        self, x: torch.Tensor, scheme: Scheme, rows: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(Q(x), Q(x) − x) of those rows of x; (x, None) if the scheme does not round activations.
+
+        A scheme always has the same rows of one x.
+        """
         held = self._input
         if held is None or held.data_ptr() != x.data_ptr() or held.shape != x.shape:
             self._input, self._by_scheme = x, {}
         if scheme.name not in self._by_scheme:
-            quantized = round_mx(x, scheme.bits)
-            self._by_scheme[scheme.name] = quantized, quantized - x
+            x = x if rows is None else x[rows]
+            quantized = round_mx(x, scheme.bits) if scheme.activations else x
+            error = quantized - x if scheme.activations else None
+            self._by_scheme[scheme.name] = quantized, error
         return self._by_scheme[scheme.name]
 
 
@@ -184,14 +217,63 @@ def forward(
 
             stack.callback(module.register_forward_pre_hook(hook).remove)
 
+    _last_hidden(model, tokens, watch)
+
+
+@torch.no_grad()
+def divergences(
+    model: torch.nn.Module | Blocks, tokens: torch.Tensor, layers: list[Layer], scheme: Scheme
+) -> np.ndarray:
+    """Measured KL(BF16 ‖ every layer in `scheme`) in nats per token, float64 [sequences].
+
+    Raises FloatingPointError if it is not finite.
+    Weights and inputs are rounded as each linear multiplies, so `model` stays as it is.
+    """
+    names = [layer.name for layer in layers]
+
+    def watch(stack: ExitStack, root, prefix, rows):
+        for _, module in _within(root, prefix, names):
+            _replace(stack, module, lambda x, module=module: _rounded(module, x, scheme))
+
+    plain, rounded = (_last_hidden(model, tokens, w) for w in (None, watch))
+    head = model.head() if isinstance(model, Blocks) else model.get_output_embeddings()
+    kl = np.zeros(len(tokens))
+    for sequence in range(len(tokens)):
+        for start in range(0, tokens.shape[1], LOGITS_AT_ONCE):
+            expected, actual = (
+                torch.log_softmax(
+                    head(hidden[sequence, start : start + LOGITS_AT_ONCE].to(head.weight.device)).float(),
+                    -1,
+                )
+                for hidden in (plain, rounded)
+            )  # fmt: skip
+            kl[sequence] += (expected.exp() * (expected - actual)).sum().item()
+    if not np.isfinite(kl).all():
+        raise FloatingPointError(f"KL of every layer in {scheme.name} is not finite")
+    return kl / tokens.shape[1]
+
+
+def _rounded(module: torch.nn.Module, x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """What the linear would make of x in `scheme`."""
+    weight = pack(round_weight(module.weight, scheme).to(x.dtype))
+    return multiply(round_mx(x, scheme.bits) if scheme.activations else x, weight, module.bias)
+
+
+def _last_hidden(model, tokens: torch.Tensor, watch: Callable | None) -> torch.Tensor:
+    """Inputs of the output head, [sequences, tokens, hidden size]; watch(stack, root, prefix, rows)
+    prepares what runs next: `rows` of tokens through `root`, whose names in the model begin so."""
     if isinstance(model, Blocks):
-        for _ in _boundaries(model, tokens, watch):
+        for hidden in _boundaries(model, tokens, watch):  # noqa: B007 - the last one counts
             pass
-        return
+        return model.norm()(hidden.to(model.device))
+    hidden = []
     for rows in tqdm(batches(tokens), desc="scores", leave=False):
         with ExitStack() as stack:
-            watch(stack, model, "", rows)
-            model.base_model(input_ids=tokens[rows].to(model.device), use_cache=False)
+            if watch is not None:
+                watch(stack, model, "", rows)
+            ids = tokens[rows].to(model.device)
+            hidden.append(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    return torch.cat(hidden)
 
 
 # --- backward through a model in memory ---------------------------------------------------------

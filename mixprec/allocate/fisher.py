@@ -28,10 +28,7 @@ SEED = 0  # of the signs
 
 
 def allocate(layers, schemes, budget, request) -> dict[str, str]:
-    allocation, kl, stderr = scores.minimise(layers, schemes, budget, request, "fisher", score)
-    request.note("predicted_kl", kl)
-    request.note("predicted_kl_stderr", stderr)
-    return allocation
+    return scores.minimise(layers, schemes, budget, request, "fisher", score, nats=True)
 
 
 def score(
@@ -45,7 +42,7 @@ def score(
     def gradient(logits: torch.Tensor, sequence: int, start: int) -> torch.Tensor:
         return signed(logits, signs(logits.shape, [SEED, sequence, start]))
 
-    def along(error, x, g, back):
+    def along(error, g, back):
         return error.along(g, back).square()
 
     return 0.5 * totals(model, tokens, layers, schemes, gradient, along) / tokens.shape[1]

@@ -22,12 +22,7 @@ from mixprec.schemes import BF16, Layer, Scheme
 
 
 def allocate(layers, schemes, budget, request) -> dict[str, str]:
-    allocation, total, stderr = scores.minimise(
-        layers, schemes, budget, request, "measured_kl", score
-    )
-    request.note("predicted_kl", total)
-    request.note("predicted_kl_stderr", stderr)
-    return allocation
+    return scores.minimise(layers, schemes, budget, request, "measured_kl", score, nats=True)
 
 
 def score(

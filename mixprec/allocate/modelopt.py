@@ -18,7 +18,7 @@ from mixprec.schemes import Layer, Scheme
 
 
 def allocate(layers, schemes, budget, request) -> dict[str, str]:
-    return scores.minimise(layers, schemes, budget, request, "modelopt", score)[0]
+    return scores.minimise(layers, schemes, budget, request, "modelopt", score)
 
 
 def score(
@@ -36,7 +36,7 @@ def score(
         sent[len(labels) :] = 0  # the last token has no next one
         return sent
 
-    def squared(error, x, g, back):
+    def squared(error, g, back):
         return (g.float() * error.output().float()).square().sum(-1)
 
     return totals(model, tokens, layers, schemes, gradient, squared) / tokens.shape[1]

@@ -12,7 +12,7 @@ from mixprec.schemes import Layer, Scheme
 
 
 def allocate(layers, schemes, budget, request) -> dict[str, str]:
-    return scores.minimise(layers, schemes, budget, request, "output_error", score)[0]
+    return scores.minimise(layers, schemes, budget, request, "output_error", score)
 
 
 def score(

@@ -7,12 +7,18 @@ A signal is a function
 of the unquantized model, in memory or as `Blocks`, and token ids [sequences, tokens]: how much an
 option of a layer loses, by one or more samples of it. `scores.parquet` holds them, their mean and its
 standard error; `about.json`, of what they are, for whoever reads them without the model.
+
+Scores in nats per token add up to a prediction of KL. Errors of many layers do not quite add up: each
+is amplified by the noise of the others. How much is measured where it is most, with every layer in the
+lowest option on the calibration text, and the sum S is corrected by it (`corrected`).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -22,27 +28,40 @@ from filelock import FileLock
 
 from mixprec import data, models
 from mixprec.allocate import knapsack
+from mixprec.allocate.backward import divergences
 from mixprec.allocate.blocks import Blocks
 from mixprec.cell import ConfigError, digest
 from mixprec.evaluate.vllm import FUSED
 from mixprec.experts import expert_of
 from mixprec.schemes import BF16, Layer, Scheme
-from mixprec.store import write_json
+from mixprec.store import write, write_json
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # raised whenever a signal means something else than before
+VERSION = 2  # raised whenever a signal means something else than before
+
+
+MEASURED = 8  # sequences of the calibration text on which the lowest option's KL is measured
 
 
 def minimise(
-    layers, schemes, budget, request, signal: str, score: Callable
-) -> tuple[dict[str, str], float, float | None]:
-    """As `best`, of scores that are made now if they are not stored."""
+    layers, schemes, budget, request, signal: str, score: Callable, *, nats: bool = False
+) -> dict[str, str]:
+    """The allocation of `best`, by scores that are made now if they are not stored.
+
+    nats: the scores are nats per token; the KL that they predict is noted.
+    """
     # BF16 loses nothing, so it is not scored, and options with and without it share their scores.
     scored = [scheme for scheme in schemes if scheme is not BF16]
-    table = stored(layers, scored, request, signal, score)
+    table, lowest_kl = stored(layers, scored, request, signal, score, nats=nats)
     _check_unreached(table, layers, request)
-    return best(layers, schemes, table, budget, request.target_kl, tied=request.fused)
+    allocation, kl, stderr = best(
+        layers, schemes, table, budget, request.target_kl, tied=request.fused, lowest_kl=lowest_kl
+    )
+    if nats:
+        request.note("predicted_kl", kl)
+        request.note("predicted_kl_stderr", stderr)
+    return allocation
 
 
 def best(
@@ -53,6 +72,7 @@ def best(
     target: float | None = None,
     *,
     tied: bool = False,
+    lowest_kl: list[float] | None = None,
 ) -> tuple[dict[str, str], float, float | None]:
     """The allocation with the smallest sum of scores within the budget, that sum, its standard error.
 
@@ -60,6 +80,8 @@ def best(
     ConfigError if none reaches it.
 
     table: as of `stored`, of all `schemes` but BF16. tied: fused layers get one scheme.
+    lowest_kl: measured with every layer in the lowest option, of the first sequences; the sum and the
+    target are then of KL, `corrected`. The standard error is the jackknife's over sequences.
     Experts that no token reached get the lowest option: any better one is scored as the worst of all.
     """
     samples = np.stack(table.per_sequence).reshape(len(layers), -1, len(table.per_sequence[0]))
@@ -73,21 +95,62 @@ def best(
     values = np.stack([of_layers[group].sum(0) for group in groups])
     weights = [sum(layers[place].weights for place in group) for group in groups]
     bits = [scheme.bits for scheme in schemes]
+    lowest = samples[:, 0].sum(0)  # by sequence
+    more = excess(lowest, lowest_kl)
     if target is None:
         chosen = knapsack.solve(values, weights, bits, budget)
-    elif target < (smallest := values.min(1).sum()):
+    elif target < (smallest := corrected(values.min(1).sum(), more)):
         raise ConfigError(  # a little more than the smallest, so that what is printed is accepted
             f"target.kl={target:g}: accepted with these options: {1.00001 * smallest:.6g} or more, "
             "the smallest KL that is predicted, with every layer's best option"
         )
     else:
-        chosen = knapsack.fewest_bits(values, weights, bits, target)
+        chosen = knapsack.fewest_bits(values, weights, bits, uncorrected(target, more))
     option = {place: at for group, at in zip(groups, chosen, strict=True) for place in group}
     allocation = {layer.name: schemes[option[place]].name for place, layer in enumerate(layers)}
     sums = sum(samples[place, at] for place, at in option.items())
-    n = len(sums)
-    stderr = None if n == 1 else float(sums.std(ddof=1) / math.sqrt(n))
-    return allocation, float(sums.mean()), stderr
+    predicted = corrected(sums.mean(), more)
+    if (n := len(sums)) == 1:
+        return allocation, float(predicted), None
+    without = [
+        corrected(np.delete(sums, i).mean(), excess(lowest, lowest_kl, without=i)) for i in range(n)
+    ]
+    return allocation, float(predicted), float(np.std(without) * math.sqrt(n - 1))
+
+
+def excess(
+    lowest: np.ndarray, lowest_kl: list[float] | None, *, without: int | None = None
+) -> float:
+    """What `corrected` takes, per nat: by how much the KL of all layers in the lowest option exceeds its sum.
+
+    lowest: that sum, by sequence; lowest_kl: what was measured, of the first of them; without: leave
+    this sequence out. 0 without a measurement.
+    """
+    if lowest_kl is None:
+        return 0.0
+    keep = [i for i in range(len(lowest_kl)) if i != without] or [0]
+    sum_, measured = lowest[keep].mean(), np.mean([lowest_kl[i] for i in keep])
+    if not (sum_ > 0 and measured > 0):
+        return 0.0  # rounding errors of an option that loses nothing
+    more = measured / sum_ - 1
+    return float(more / sum_ if more > 0 else more / measured)
+
+
+def corrected(sum_: float, more: float) -> float:
+    """KL in nats per token for a sum S of scores: S (1 + m S), or S / (1 − m S) where m < 0.
+
+    Both are S + m S² to second order, rise with S, and are what was measured at the lowest option.
+    """
+    return sum_ * (1 + more * sum_) if more >= 0 else sum_ / (1 - more * sum_)
+
+
+def uncorrected(kl: float, more: float) -> float:
+    """The sum for which `corrected` gives `kl`; infinite if every sum gives less."""
+    if more == 0:
+        return kl
+    if more > 0:
+        return (math.sqrt(1 + 4 * more * kl) - 1) / (2 * more)
+    return kl / (1 + more * kl) if more * kl > -1 else math.inf
 
 
 def fused(layers: list[Layer]) -> list[list[int]]:
@@ -122,10 +185,13 @@ def _check_unreached(table: pd.DataFrame, layers: list[Layer], request) -> None:
     request.note("experts_unreached", unreached)
 
 
-def stored(layers, schemes, request, signal: str, score: Callable) -> pd.DataFrame:
-    """Columns layer, option, bits, score, stderr, per_sequence; each layer's options, in order.
+def stored(
+    layers, schemes, request, signal: str, score: Callable, *, nats: bool = False
+) -> tuple[pd.DataFrame, list[float] | None]:
+    """(scores, the lowest option's measured KL by sequence if they are nats, else None).
 
-    Made once, even by many processes that start together. score is the mean of per_sequence and
+    Scores have columns layer, option, bits, score, stderr, per_sequence; each layer's options, in
+    order. Made once, even by many processes that start together. score is the mean of per_sequence and
     stderr its standard error, because tokens of one sequence are not independent; NaN for one sample.
     Raises FloatingPointError if a score is not finite; an expert's that no token reached are NaN.
     """
@@ -145,16 +211,21 @@ def stored(layers, schemes, request, signal: str, score: Callable) -> pd.DataFra
     key = digest([VERSION, signal, checkpoint.fingerprint, names, rows, arithmetic])
     folder = request.cache / "scores" / f"{request.model.name}-{key[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "scores.parquet"
+    file, about = folder / "scores.parquet", folder / "about.json"
     with FileLock(folder / "lock"):
-        request.note("scores_stored", file.is_file())
-        if not file.is_file():
+        request.note("scores", folder.name)
+        request.note("scores_stored", whole := file.is_file() and about.is_file())
+        if not whole:
+            start = time.perf_counter()
             samples = score(model, torch.tensor(rows), layers, schemes)
+            seconds = {"scores": round(time.perf_counter() - start, 2)}
             table = _table(samples, layers, schemes)
-            aside = file.with_suffix(".tmp")
-            table.to_parquet(aside, index=False)
-            aside.replace(file)
-        if not (about := folder / "about.json").is_file():
+            lowest_kl = None
+            if nats:
+                start = time.perf_counter()
+                some = torch.tensor(rows[:MEASURED])
+                lowest_kl = divergences(model, some, layers, schemes[0]).tolist()
+                seconds["lowest_kl"] = round(time.perf_counter() - start, 2)
             what = {
                 "signal": signal,
                 "model": request.model.name,
@@ -162,9 +233,12 @@ def stored(layers, schemes, request, signal: str, score: Callable) -> pd.DataFra
                 "options": names,
                 "calibration": calibration and [calibration.samples, calibration.tokens],
                 "layers": {layer.name: [layer.out_features, layer.in_features] for layer in layers},
+                "lowest_kl": lowest_kl,
+                "seconds": seconds,
             }
             write_json(about, what)
-        return pd.read_parquet(file)
+            write(file, lambda path: table.to_parquet(path, index=False))
+        return pd.read_parquet(file), json.loads(about.read_text(encoding="utf-8"))["lowest_kl"]
 
 
 def _table(samples: np.ndarray, layers, schemes) -> pd.DataFrame:

@@ -1,13 +1,14 @@
 """Rules of allocation side by side: KL on other text, seconds and memory of scoring.
 
 One model, one calibration text, one judge; what differs is the rule. Each measurement is a process of
-its own with an empty cache but for the checkpoint and the documents, `bench.py` takes turns.
+its own with an empty cache but for the checkpoint and the documents.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import math
 import statistics
 import tempfile
@@ -15,6 +16,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from mixprec.bench.common import CACHE, OUTPUT, in_a_process, ratio
 
 BUDGETS = (4.5, 5.0, 6.0)
 # (name, what `run.py` would be asked); measured_kl in full would take half an hour.
@@ -40,8 +43,16 @@ TIMED = (
 )  # several times; the others once
 
 
-def measure(what: argparse.Namespace, cache: Path) -> dict:
-    """Seconds and peak bytes of one rule's scoring, and KL at what.budgets, by sequence."""
+def _in_a_process(ask: list[str], budgets) -> dict:
+    return in_a_process("signal", "--ask", *ask, "--budgets", *budgets)
+
+
+def measure(what: argparse.Namespace, cache: Path = CACHE) -> dict:
+    """Seconds and peak bytes of one rule's scoring, and KL at what.budgets, by sequence.
+
+    What `fisher` and `measured_kl` take to correct their prediction, which no allocation under a
+    budget needs and no other rule has, is apart, in correction_seconds.
+    """
     from mixprec import data, models, provenance, quantize
     from mixprec.allocate import Request, allocate, loads_a_copy
     from mixprec.cell import cell_of
@@ -74,6 +85,8 @@ def measure(what: argparse.Namespace, cache: Path) -> dict:
         allocations = {BUDGETS[0]: at(BUDGETS[0])}
         seconds = time.perf_counter() - start
         peak = provenance.peak_memory()["cpu"]
+        abouts = [json.loads(file.read_text()) for file in Path(place).glob("scores/*/about.json")]
+        correction = sum(about["seconds"].get("lowest_kl", 0) for about in abouts)
         allocations |= {budget: at(budget) for budget in what.budgets[1:]}
         if alone and what.budgets:
             model = models.load(checkpoint, first.model)
@@ -85,20 +98,23 @@ def measure(what: argparse.Namespace, cache: Path) -> dict:
         for budget in what.budgets:
             in_memory.apply(allocations[budget])
             divergences[budget] = kl.divergence(model, tokens, reference)["per_sequence"]
-    return {"seconds": seconds, "peak_memory_bytes": peak, "kl": divergences}
+    return {
+        "seconds": seconds - correction, "correction_seconds": correction,
+        "peak_memory_bytes": peak, "kl": divergences,
+    }  # fmt: skip
 
 
-def compare(in_a_process, repeats: int, ratio) -> dict:
-    """in_a_process(ask, budgets) -> what `measure` returns; ratio: as of `bench`."""
+def compare(repeats: int) -> dict:
+    """Rules of allocation: KL, seconds and memory of scoring, each in a process of its own."""
     runs: dict[str, list[dict]] = {}
     for turn in range(repeats):
         for side, ask in SIDES.items():
             if turn == 0 or side in TIMED:
-                runs.setdefault(side, []).append(in_a_process(ask, BUDGETS if turn == 0 else ()))
+                runs.setdefault(side, []).append(_in_a_process(ask, BUDGETS if turn == 0 else ()))
                 print(f"  {side}: {runs[side][-1]['seconds']:.1f} s", flush=True)
-        for name in ("ours", "fisher"):
+        for name in ("ours", "fisher", "fisher, 8 samples"):
             side = f"{name}, 4 options"
-            runs.setdefault(side, []).append(in_a_process([f"baseline={name}", FOUR], ()))
+            runs.setdefault(side, []).append(_in_a_process([*SIDES[name], FOUR], ()))
             print(f"  {side}: {runs[side][-1]['seconds']:.1f} s", flush=True)
     seconds = {side: [run["seconds"] for run in of_side] for side, of_side in runs.items()}
     memory = {side: [run["peak_memory_bytes"] for run in of_side] for side, of_side in runs.items()}
@@ -107,15 +123,16 @@ def compare(in_a_process, repeats: int, ratio) -> dict:
     for side in TIMED[1:]:
         ratios[f"scoring seconds, ours / {side}"] = ratio(seconds["ours"], seconds[side])
         ratios[f"peak memory, {side} / ours"] = ratio(memory[side], memory["ours"])
-    ratios["scoring seconds, ours / fisher, 4 options"] = ratio(
-        seconds["ours, 4 options"], seconds["fisher, 4 options"]
-    )
+        if f"{side}, 4 options" in runs:
+            ratios[f"scoring seconds, ours / {side}, 4 options"] = ratio(
+                seconds["ours, 4 options"], seconds[f"{side}, 4 options"]
+            )
     for side in (*TIMED[1:], "modelopt"):
         for budget, ours in divergences["ours"].items():
             ratios[f"KL at {budget} bits, {side} / ours"] = _of_means(
                 divergences[side][budget], ours
             )
-    return {
+    found = {
         "repeats": repeats,
         "ratios": ratios,
         "kl": {
@@ -131,8 +148,13 @@ def compare(in_a_process, repeats: int, ratio) -> dict:
             for side, by_budget in divergences.items()
         },
         "seconds": seconds,
+        "correction_seconds": {
+            side: [run["correction_seconds"] for run in of_side] for side, of_side in runs.items()
+        },
         "peak_memory_bytes": memory,
     }  # fmt: skip
+    draw(found, OUTPUT / "signals.svg")
+    return found
 
 
 def draw(result: dict, file: Path) -> None:
