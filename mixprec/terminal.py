@@ -137,13 +137,16 @@ def table(outcomes: list[Outcome], results: Path) -> str:
     """A sweep's cells in short, for its end; empty if none has a result."""
     from mixprec import tables
 
-    stored = tables.read(results)[0]
-    cells = {outcome.cell.path: outcome for outcome in outcomes}
+    stored: dict[str, tables.Row] = {}
+    for outcome in outcomes:
+        for path in (outcome.cell.path, outcome.cell.reference_path):
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                stored[path] = _row(results, path)
     rows = [
-        stored[path]
-        if path in stored and not outcome.failed
-        else tables.Row(path, outcome.cell.settings, None, outcome.message)
-        for path, outcome in cells.items()
+        tables.Row(one.cell.path, one.cell.settings, None, one.message)
+        if one.failed or one.cell.path not in stored
+        else stored[one.cell.path]
+        for one in outcomes
     ]
     if all(row.result is None for row in rows):
         return ""
@@ -152,6 +155,14 @@ def table(outcomes: list[Outcome], results: Path) -> str:
         short = tables.summary_table(part)
         texts.append(f"{evaluation}\n{tabulate(short, 'keys', 'plain', disable_numparse=True)}")
     return "\n\n".join(texts)
+
+
+def _row(results: Path, path: str):
+    from mixprec import paired, tables
+
+    result = json.loads((results / path / "result.json").read_text(encoding="utf-8"))
+    answers = paired.read(results / path, result)
+    return tables.Row(path, result["config"], result, answers=answers)
 
 
 # --- the bars of libraries --------------------------------------------------------------------
