@@ -54,6 +54,15 @@ report: setup  ## one page of everything in results/: results/report.html, figur
 frontier: setup  ## predicted KL against bits for stored scores, with what was measured: results/figures
 	@$(BIN)/python -m mixprec.frontier --results $(RESULTS)
 
+dashboard: setup  ## the W&B workspace and report as JSON in results/dashboard (TRACK=online: in W&B too)
+	@$(BIN)/python -m mixprec.dashboard --results $(RESULTS) --track $(TRACK)
+
+track: setup  ## log stored cells to W&B after the fact (EXPERIMENT=table1: these alone)
+	@$(BIN)/python -m mixprec.tracking track --results $(RESULTS) --track $(TRACK) $(if $(EXPERIMENT),--only $(EXPERIMENT))
+
+sync: setup  ## upload the W&B runs in results/wandb that are not uploaded yet
+	@$(BIN)/python -m mixprec.tracking sync --results $(RESULTS)
+
 bench: setup  ## measure against lm-eval and auto-round (an hour or more; leave the machine alone)
 	$(BIN)/python -m mixprec.bench evaluate --dtype float32
 	$(BIN)/python -m mixprec.bench evaluate --dtype bfloat16

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from mixprec import data, lock, models, paired, partial, provenance, quantize, tracking
+from mixprec import data, lock, models, paired, partial, provenance, quantize, terminal, tracking
 from mixprec.allocate import Request, allocate, drops_reference
 from mixprec.cell import Cell, Config, check_divides, digest
 from mixprec.evaluate import harness, kl, vllm
@@ -71,7 +71,8 @@ def _compute(cell: Cell, cache: Path, profiled: bool, place: Path):
 
     @contextmanager
     def stage(name: str):
-        log.info("  %s", name)
+        terminal.stage(name)
+        log.info("  %s", name, extra=terminal.SHOWN)
         start = time.perf_counter()
         yield
         seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - start, 2)
@@ -301,4 +302,5 @@ def _say(result: dict) -> None:
         divergence,
         result["realised_bits"],
         sum(result["seconds"].values()),
+        extra=terminal.SHOWN,
     )

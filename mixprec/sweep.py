@@ -27,7 +27,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mixprec import launch
+from mixprec import launch, terminal
 from mixprec.cell import Cell, Config, ConfigError, Launch, cell_of, typed
 from mixprec.lock import Busy
 from mixprec.store import PREEMPTED, Outcome, Preempted, Store
@@ -109,6 +109,8 @@ def _announce(configs: list[DictConfig]) -> None:
                 file=sys.stderr,
             )
             sys.exit(1)
+    if first.launch.name == "local":  # elsewhere a cell's process has its own lines
+        terminal.start(cells, first)
 
 
 def _check_machine(cells: list[Cell], cfg: Config, here: bool) -> None:
@@ -143,8 +145,10 @@ def run_one(config: DictConfig) -> None:
     if cell.hash in _progress.outcomes:
         return
     place = [other.hash for other in _progress.cells].index(cell.hash) + 1
-    log.info("[%d/%d] %s", place, len(_progress.cells), cell)
+    terminal.begin(cell)
+    log.info("[%d/%d] %s", place, len(_progress.cells), cell, extra=terminal.SHOWN)
     outcome = run_cell(cell, cfg)
+    terminal.end(outcome)
     if outcome.state == "elsewhere":
         log.info("  %s; back to it at the end", outcome.message)
         # Whoever has it may be asked by `force` too: once is enough.
@@ -163,6 +167,7 @@ def come_back() -> None:
                 waiting.append((cell, cfg))
             else:
                 _progress.outcomes[cell.hash] = outcome
+                terminal.end(outcome)
         if waiting and len(waiting) == len(_progress.elsewhere):
             time.sleep(POLL)
         _progress.elsewhere = waiting
@@ -178,7 +183,8 @@ def run_cell(cell: Cell, cfg: Config, *, again: bool = False) -> Outcome:
                 settled = None if cfg.force else store.settled(cell)  # by whoever had it before
                 if settled is None:
                     if again:
-                        log.info("back to %s", cell)
+                        terminal.begin(cell)
+                        log.info("back to %s", cell, extra=terminal.SHOWN)
                     # And with it torch: seconds that a stored sweep need not wait for.
                     from mixprec import runner
 
@@ -189,8 +195,10 @@ def run_cell(cell: Cell, cfg: Config, *, again: bool = False) -> Outcome:
         return Outcome(cell, "elsewhere", str(busy))
     except OSError as error:  # of the lock; the runner returns its own
         settled = Outcome(cell, "failed", fault(error))
-    level = logging.ERROR if settled.failed else logging.INFO
-    log.log(level, "  %s", settled.message or "stored")
+    if settled.failed:
+        log.error("  %s", settled.message)
+    else:
+        log.info("  stored", extra=terminal.SHOWN)
     return settled
 
 
@@ -281,6 +289,7 @@ def main(task: Callable[[], None]) -> int:
 
     PREEMPTED if SIGTERM came: started again, the same command goes on where this one was.
     """
+    live = False
     try:
         with _until_preempted():
             _refuse_or(task)
@@ -289,7 +298,13 @@ def main(task: Callable[[], None]) -> int:
         done = sum(outcome.state == "done" for outcome in _progress.outcomes.values())
         print(f"preempted: {done} cells run; the same command goes on from here", file=sys.stderr)
         return PREEMPTED
+    finally:
+        live = terminal.stop()
     outcomes = list(_progress.outcomes.values())
+    if (live or len(outcomes) > 1) and (
+        table := terminal.table(outcomes, Path(_progress.cfg.results))
+    ):
+        print(table)
     failed = [outcome for outcome in outcomes if outcome.failed]
     if len(outcomes) > 1 or failed:
         count = {state: sum(o.state == state for o in outcomes) for state in ("done", "stored")}

@@ -11,9 +11,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from mixprec import partial
+from mixprec import partial, terminal
 from mixprec.cell import Cell
 from mixprec.evaluate import vllm
+from mixprec.evaluate.so_far import SoFar
 from mixprec.evaluate.tasks import tasks_of
 from mixprec.partial import Partial
 
@@ -43,6 +44,7 @@ def accuracy(
         lm._loglikelihood_tokens = lambda requests, **how: partial.by_chunks(
             lambda some: plain(some, **how), requests, kept
         )
+    lm.set_cache_hook(SoFar(tasks, terminal.so_far))
     with _no_bar_for_prompts():
         results = lm_eval.evaluate(
             lm=lm,
