@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import hydra._internal.hydra
 import hydra.errors
 import omegaconf.errors
 from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
+from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mixprec.cell import Cell, Config, ConfigError, cell_of, typed
+from mixprec import secrets
+from mixprec.cell import Cell, Config, ConfigError, cell_of, one_of, typed
 from mixprec.store import Outcome, Store
 
 log = logging.getLogger(__name__)
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+
+MOST_JOBS = 10_000  # of a sweep, which is judged whole before it is begun
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -36,13 +46,11 @@ class _Progress:
     """What this process has been asked for and what became of it, by cell hash."""
 
     cells: list[Cell] = field(default_factory=list)
+    started: bool = False  # has the first of them been begun?
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
 
 _progress = _Progress()
-
-# What Hydra also raises on overrides it did not expect, such as `eval=null`.
-_ODD = (ValueError, TypeError, AssertionError, AttributeError, KeyError)
 
 
 class Sweep(Callback):
@@ -55,20 +63,90 @@ class Sweep(Callback):
         _refuse_or(lambda: _announce(_composed(config)))
 
 
+class _Callbacks(Callbacks):
+    """Hydra's own, which would call whatever a configuration names before any of it is judged."""
+
+    def __init__(self, config: DictConfig | None = None):
+        named = dict((config and config.hydra.callbacks) or {})
+        targets = {key: str(one and one.get("_target_")) for key, one in named.items()}
+        foreign = [key for key, one in targets.items() if not one.startswith("mixprec.")]
+        if foreign or (config is not None and "mixprec.sweep.Sweep" not in targets.values()):
+            key = foreign[0] if foreign else "sweep"
+            raise ConfigError(
+                f"hydra.callbacks.{key}._target_={targets.get(key)}: accepted: those of "
+                "conf/config.yaml"
+            )
+        super().__init__(config)
+
+
+hydra._internal.hydra.Callbacks = _Callbacks
+
+
+def _check_arguments() -> None:
+    """ConfigError for arguments that Hydra does not know, or that would unpickle a file."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> None:
+        raise ConfigError(f"{message}; accepted: KEY=VALUE, and what --hydra-help lists")
+
+    parser.error = refuse
+    if parser.parse_args().experimental_rerun is not None:
+        refuse("--experimental-rerun reads a pickle")
+
+
+def _check_hydra(hydra_config: DictConfig) -> None:
+    """ConfigError for what only a model's own file may say, and for what Hydra cannot start."""
+    for text in _overrides(hydra_config):
+        if text.lstrip("+~").startswith(("model.trust_remote_code", "model.reason")):
+            raise ConfigError(
+                f"{text}: accepted in the model's own file alone, conf/model/*.yaml, with a reason"
+            )
+    plugins = Plugins.instance().class_name_to_class
+    known = {
+        "launcher": sorted(name for name, one in plugins.items() if issubclass(one, Launcher)),
+        "sweeper": [f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"],
+    }
+    for key, accepted in known.items():
+        one_of(f"hydra.{key}._target_", str(hydra_config[key].get("_target_")), accepted)
+    if (size := hydra_config.sweeper.max_batch_size) is not None and size < 1:
+        raise ConfigError(f"hydra.sweeper.max_batch_size={size}: accepted: null, or 1 or more")
+
+
 def _composed(config: DictConfig) -> list[DictConfig]:
     """The configuration of every job of a sweep, as Hydra's own sweeper will compose them."""
-    parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    overrides = OverridesParser.create().parse_overrides(
-        parameters + list(config.hydra.overrides.task)
+    loader = GlobalHydra.instance().config_loader()
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides(
+        _overrides(config.hydra)
     )
     if any(o.key_or_group == "experiment" and o.is_sweep_override() for o in overrides):
         raise ConfigError("experiment: one at a time: it is a sweep by itself; accepted: one name")
+    count = math.prod(_values(override) for override in overrides)
+    if not 0 < count <= MOST_JOBS:
+        raise ConfigError(f"a sweep of {count:g} jobs; accepted: 1 to {MOST_JOBS}")
     (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-    loader = GlobalHydra.instance().config_loader()
     return [loader.load_sweep_config(config, list(job)) for job in jobs]
 
 
+def _overrides(hydra_config: DictConfig) -> list[str]:
+    """What an experiment's sweep and the command line set, as text; the latter wins."""
+    # Not resolved: an interpolation in them is one of the cell's own configuration.
+    parameters = OmegaConf.to_container(hydra_config.sweeper.get("params") or OmegaConf.create())
+    task = OmegaConf.to_container(hydra_config.overrides.task)
+    return [f"{key}={value}" for key, value in parameters.items()] + task
+
+
+def _values(override: Override) -> float:
+    """How many values a sweep gives one key, without making a list of them."""
+    value = override.value()
+    if not isinstance(value, RangeSweep):
+        return sum(1 for _ in override.sweep_iterator()) if override.is_sweep_override() else 1
+    if not value.step:
+        return math.inf
+    return max(0, math.ceil((value.stop - value.start) / value.step))
+
+
 def _announce(configs: list[DictConfig]) -> None:
+    _check_hydra(configs[0].hydra)
     typed_configs = [typed(without_hydra(config)) for config in configs]
     cells = list({cell.hash: cell for cell in map(cell_of, typed_configs)}.values())
     first = typed_configs[0]
@@ -81,6 +159,8 @@ def _announce(configs: list[DictConfig]) -> None:
         sys.exit(0)
     _check_machine(cells, first, here)
     _progress.cells = cells
+    # Other launchers run cells elsewhere: from here on a fault may be one of a cell.
+    _progress.started = "BasicLauncher" not in str(configs[0].hydra.launcher.get("_target_"))
     if first.experiment:
         Store(Path(first.results)).add_to_plan(first.experiment, cells)
 
@@ -106,6 +186,7 @@ def run_one(config: DictConfig) -> None:
     """Hydra's task: one cell. Never raises for a cell that fails, so that the sweep goes on."""
     cfg = typed(without_hydra(config))
     cell = cell_of(cfg)
+    _progress.started = True
     if cell.hash in _progress.outcomes:
         return
     place = [other.hash for other in _progress.cells].index(cell.hash) + 1
@@ -128,6 +209,7 @@ def run_cell(cell: Cell, cfg: Config) -> Outcome:
 
 def main(task: Callable[[], None]) -> int:
     """Run Hydra's `task`; the exit code: 0, 1 if a cell failed, 2 if the configuration is wrong."""
+    _refuse_or(_check_arguments)
     _refuse_or(task)
     outcomes = list(_progress.outcomes.values())
     failed = [outcome for outcome in outcomes if outcome.failed]
@@ -152,11 +234,15 @@ def without_hydra(config: DictConfig) -> DictConfig:
 
 
 def _refuse_or(act: Callable[[], None]) -> None:
-    """Do it; if the configuration is wrong, say so in one line and exit with 2."""
+    """Do it; if the configuration is wrong, say so in one line and exit with 2.
+
+    Hydra raises much on what it did not expect, such as `eval=null` or YAML that cannot be read.
+    """
     try:
         act()
-    except (ConfigError, HydraException, OmegaConfBaseException, *_ODD) as error:
-        if isinstance(error, _ODD) and _progress.cells:
+    except Exception as error:
+        wrong = isinstance(error, (ConfigError, HydraException, OmegaConfBaseException))
+        if not wrong and _progress.started:
             raise  # the configuration was found good: this is a fault of the program
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
@@ -164,6 +250,13 @@ def _refuse_or(act: Callable[[], None]) -> None:
 
 def one_line(error: BaseException) -> str:
     """What is wrong with a configuration and what would be accepted, in one line."""
+    text = secrets.message(_what_is_wrong(error).split("See https://hydra.cc")[0])
+    return text or f"Hydra does not take this configuration ({type(error).__name__})"
+
+
+def _what_is_wrong(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deep; accepted: lists of values, and groups of keys"
     cause = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__
@@ -177,6 +270,6 @@ def one_line(error: BaseException) -> str:
         guess = difflib.get_close_matches(str(cause.key), keys, n=1)
         hint = f" did you mean {guess[0]}?" if guess else ""
         return f"{cause.full_key}: unknown key;{hint} accepted: {', '.join(keys)}"
-    if isinstance(cause, omegaconf.errors.ValidationError):
+    if isinstance(cause, OmegaConfBaseException) and getattr(cause, "full_key", None):
         return f"{cause.full_key}: {str(cause).splitlines()[0]}"
-    return " ".join(str(error).split())
+    return str(error)
