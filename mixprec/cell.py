@@ -316,8 +316,8 @@ def cell_of(cfg: Config) -> Cell:
     """The cell that `cfg` asks for, or ConfigError. Loads no model and writes nothing."""
     options, baseline, evaluation = cfg.options, cfg.baseline, cfg.eval
     _check_texts(asdict(cfg))
-    _check_folder("results", cfg.results)
-    _check_folder("cache", cfg.cache)
+    check_folder("results", cfg.results)
+    check_folder("cache", cfg.cache)
     if cfg.experiment is not None:
         _check_name("experiment", cfg.experiment)
     _check_seed("seed", cfg.seed)
@@ -412,7 +412,7 @@ def _check_texts(settings: dict, prefix: str = "") -> None:
                 )
 
 
-def _check_folder(key: str, value: str) -> None:
+def check_folder(key: str, value: str) -> None:
     """ConfigError unless `value` is a folder that can be written, or can be made one."""
     accepted = "accepted: a folder that can be written, or the name of a new one"
     if not value.strip() or value.startswith("~"):

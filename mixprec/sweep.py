@@ -4,39 +4,30 @@ from __future__ import annotations
 
 import difflib
 import logging
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hydra._internal.hydra
 import hydra.errors
 import omegaconf.errors
 from hydra import compose, initialize_config_dir
-from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, RangeSweep
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mixprec import secrets
-from mixprec.cell import Cell, Config, ConfigError, cell_of, one_of, typed
+from mixprec import arguments, secrets
+from mixprec.cell import Cell, Config, ConfigError, cell_of, typed
 from mixprec.store import Outcome, Store
 
 log = logging.getLogger(__name__)
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-
-MOST_JOBS = 10_000  # of a sweep, which is judged whole before it is begun
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -63,90 +54,21 @@ class Sweep(Callback):
         _refuse_or(lambda: _announce(_composed(config)))
 
 
-class _Callbacks(Callbacks):
-    """Hydra's own, which would call whatever a configuration names before any of it is judged."""
-
-    def __init__(self, config: DictConfig | None = None):
-        named = dict((config and config.hydra.callbacks) or {})
-        targets = {key: str(one and one.get("_target_")) for key, one in named.items()}
-        foreign = [key for key, one in targets.items() if not one.startswith("mixprec.")]
-        if foreign or (config is not None and "mixprec.sweep.Sweep" not in targets.values()):
-            key = foreign[0] if foreign else "sweep"
-            raise ConfigError(
-                f"hydra.callbacks.{key}._target_={targets.get(key)}: accepted: those of "
-                "conf/config.yaml"
-            )
-        super().__init__(config)
-
-
-hydra._internal.hydra.Callbacks = _Callbacks
-
-
-def _check_arguments() -> None:
-    """ConfigError for arguments that Hydra does not know, or that would unpickle a file."""
-    parser = get_args_parser()
-
-    def refuse(message: str) -> None:
-        raise ConfigError(f"{message}; accepted: KEY=VALUE, and what --hydra-help lists")
-
-    parser.error = refuse
-    if parser.parse_args().experimental_rerun is not None:
-        refuse("--experimental-rerun reads a pickle")
-
-
-def _check_hydra(hydra_config: DictConfig) -> None:
-    """ConfigError for what only a model's own file may say, and for what Hydra cannot start."""
-    for text in _overrides(hydra_config):
-        if text.lstrip("+~").startswith(("model.trust_remote_code", "model.reason")):
-            raise ConfigError(
-                f"{text}: accepted in the model's own file alone, conf/model/*.yaml, with a reason"
-            )
-    plugins = Plugins.instance().class_name_to_class
-    known = {
-        "launcher": sorted(name for name, one in plugins.items() if issubclass(one, Launcher)),
-        "sweeper": [f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"],
-    }
-    for key, accepted in known.items():
-        one_of(f"hydra.{key}._target_", str(hydra_config[key].get("_target_")), accepted)
-    if (size := hydra_config.sweeper.max_batch_size) is not None and size < 1:
-        raise ConfigError(f"hydra.sweeper.max_batch_size={size}: accepted: null, or 1 or more")
-
-
 def _composed(config: DictConfig) -> list[DictConfig]:
     """The configuration of every job of a sweep, as Hydra's own sweeper will compose them."""
     loader = GlobalHydra.instance().config_loader()
     overrides = OverridesParser.create(config_loader=loader).parse_overrides(
-        _overrides(config.hydra)
+        arguments.overrides_of(config.hydra)
     )
     if any(o.key_or_group == "experiment" and o.is_sweep_override() for o in overrides):
         raise ConfigError("experiment: one at a time: it is a sweep by itself; accepted: one name")
-    count = math.prod(_values(override) for override in overrides)
-    if not 0 < count <= MOST_JOBS:
-        raise ConfigError(f"a sweep of {count:g} jobs; accepted: 1 to {MOST_JOBS}")
+    arguments.check_size(overrides)
     (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     return [loader.load_sweep_config(config, list(job)) for job in jobs]
 
 
-def _overrides(hydra_config: DictConfig) -> list[str]:
-    """What an experiment's sweep and the command line set, as text; the latter wins."""
-    # Not resolved: an interpolation in them is one of the cell's own configuration.
-    parameters = OmegaConf.to_container(hydra_config.sweeper.get("params") or OmegaConf.create())
-    task = OmegaConf.to_container(hydra_config.overrides.task)
-    return [f"{key}={value}" for key, value in parameters.items()] + task
-
-
-def _values(override: Override) -> float:
-    """How many values a sweep gives one key, without making a list of them."""
-    value = override.value()
-    if not isinstance(value, RangeSweep):
-        return sum(1 for _ in override.sweep_iterator()) if override.is_sweep_override() else 1
-    if not value.step:
-        return math.inf
-    return max(0, math.ceil((value.stop - value.start) / value.step))
-
-
 def _announce(configs: list[DictConfig]) -> None:
-    _check_hydra(configs[0].hydra)
+    arguments.check_hydra(configs[0].hydra)
     typed_configs = [typed(without_hydra(config)) for config in configs]
     cells = list({cell.hash: cell for cell in map(cell_of, typed_configs)}.values())
     first = typed_configs[0]
@@ -209,7 +131,7 @@ def run_cell(cell: Cell, cfg: Config) -> Outcome:
 
 def main(task: Callable[[], None]) -> int:
     """Run Hydra's `task`; the exit code: 0, 1 if a cell failed, 2 if the configuration is wrong."""
-    _refuse_or(_check_arguments)
+    _refuse_or(arguments.check)
     _refuse_or(task)
     outcomes = list(_progress.outcomes.values())
     failed = [outcome for outcome in outcomes if outcome.failed]
@@ -244,6 +166,7 @@ def _refuse_or(act: Callable[[], None]) -> None:
         wrong = isinstance(error, (ConfigError, HydraException, OmegaConfBaseException))
         if not wrong and _progress.started:
             raise  # the configuration was found good: this is a fault of the program
+        log.debug("", exc_info=True)  # shown with hydra.verbose=true
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 

@@ -36,6 +36,10 @@ class Trial:
     torch: bool  # was torch imported?
 
 
+# What no message may hold; every trial has them in its environment.
+TOKENS = {"HF_TOKEN": "hf_" + "PlantedToken" * 3, "WANDB_API_KEY": "9planted" * 5}
+
+
 class Trials:
     """warm: also import what a plan needs, torch among it; then a trial forks with it imported."""
 
@@ -52,12 +56,17 @@ class Trials:
         self.server = subprocess.Popen(
             [sys.executable, "-B", __file__, *(["warm"] if warm else [])],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=self.folder,
-            env=environment | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+            env=environment | TOKENS | {
+                "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "HOME": str(self.folder)
+            },
         )  # fmt: skip
 
-    def __call__(self, *arguments: str, environment: dict[str, str] | None = None) -> Trial:
-        request = {"arguments": arguments, "environment": environment or {}}
-        self.server.stdin.write(json.dumps(request) + "\n")
+    def __call__(self, *arguments: str, file: bytes | None = None) -> Trial:
+        """file: of `experiment=bad`, in a folder that is given as --config-dir."""
+        if file is not None:
+            self.experiment.write_bytes(file)
+            arguments = ("--config-dir", "conf", *arguments)
+        self.server.stdin.write(json.dumps(arguments) + "\n")
         self.server.stdin.flush()
         return Trial(**json.loads(self.server.stdout.readline()))
 
@@ -68,6 +77,24 @@ class Trials:
         self.server.stdin.close()
         self.server.wait()
         self.place.cleanup()
+
+
+def not_refused(done: Trial) -> str:
+    """What a trial lacks to be a refusal as it should be; empty if it is one."""
+    lines = done.stderr.splitlines()
+    wrong = {
+        f"exit code {done.exit}, not 2": done.exit != 2,
+        "no single line that begins with `error: `": len(lines) != 1
+        or not lines[0].startswith("error: "),
+        "more than 700 characters": len(done.stderr) > 700,
+        "control characters": not all(line.isprintable() for line in lines),
+        "a token": any(token in done.stderr + done.stdout for token in TOKENS.values()),
+        "something on stdout": done.stdout != "",
+        f"more than 5 s: {done.seconds:.1f}": done.seconds > 5,
+        "torch was imported": done.torch,
+        f"something was changed: {done.changed}": bool(done.changed),
+    }
+    return "; ".join(text for text, is_so in wrong.items() if is_so)
 
 
 # --- the process that is forked ---------------------------------------------------------------
@@ -87,12 +114,12 @@ def _serve(warm: bool) -> None:
             sys.__stdout__.flush()
 
 
-def _fork(request: dict, aside: Path) -> dict:
+def _fork(arguments: list[str], aside: Path) -> dict:
     files = {name: aside / name for name in ("stdout", "stderr", "seen")}
     start = time.perf_counter()
     child = os.fork()
     if child == 0:
-        _trial(request, files)
+        _trial(arguments, files)
     while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if time.perf_counter() - start > LIMIT:
             os.kill(child, 9)
@@ -110,7 +137,7 @@ def _fork(request: dict, aside: Path) -> dict:
     return {**answer, "changed": changed, "torch": torch}
 
 
-def _trial(request: dict, files: dict[str, Path]) -> None:
+def _trial(arguments: list[str], files: dict[str, Path]) -> None:
     """In the fork: run.py as `python run.py` runs it, then out without a return."""
     import runpy
 
@@ -123,16 +150,16 @@ def _trial(request: dict, files: dict[str, Path]) -> None:
     watching = True
     before = "torch" in sys.modules
 
-    def watch(event: str, arguments: tuple) -> None:
+    def watch(event: str, values: tuple) -> None:
         if not watching:
             return
         if event == "open":
-            file, _, flags = arguments
+            file, _, flags = values
             written = (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             if written and file != os.devnull and not isinstance(file, int):
                 changed.append(f"open {file}")
         elif event in CHANGES:
-            changed.append(f"{event} {arguments[0] if event != 'pickle.find_class' else arguments}")
+            changed.append(f"{event} {values if event == 'pickle.find_class' else values[0]}")
 
     from mixprec import sweep
 
@@ -142,9 +169,8 @@ def _trial(request: dict, files: dict[str, Path]) -> None:
 
     sweep.run_cell = accepted
     try:
-        os.environ.update(request["environment"])
         # As the operating system hands them over: what is not UTF-8 comes as surrogates.
-        sys.argv = ["run.py", *request["arguments"]]
+        sys.argv = ["run.py", *arguments]
         sys.addaudithook(watch)
         try:
             runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
