@@ -65,7 +65,7 @@ FOUND_IN_FILES = {
     "seed: " + "[" * 2000 + "]" * 2000: "nested too deep",
     BOMB: "aliases within aliases",
     "seed: '" + "x" * 10**7 + "'": "bytes; accepted: up to 65536 bytes",
-    "\xff".encode("latin-1").decode("latin-1") + "\x00": "special characters are not allowed",
+    "seed: \x00": "special characters are not allowed",
 }
 
 
@@ -88,7 +88,7 @@ def test_an_interpolation_in_a_sweep_is_of_its_own_cell(trial):
     done = trial(
         "-m", "budget=5,6", "eval.limit='${calibration.samples}'", "calibration.samples=3,0"
     )
-    assert "calibration.samples=0: accepted" in done.stderr
+    assert "eval.limit=0: accepted" in done.stderr and not not_refused(done)
     done = trial(
         "-m", "eval.limit='${calibration.samples}'", "calibration.samples=3,4", "budget=5,99"
     )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import socket
 import subprocess
@@ -89,8 +88,6 @@ def test_what_is_not_finite_is_never_a_result(
     assert not list(results.rglob("result.json"))
     status = json.loads((results / outcome.cell.path / "status.json").read_text())
     assert status["state"] == "failed" and status["error"] == outcome.message
-    # Nothing of it is kept for the next cell of the same model either.
-    assert run(results, *settings).message == outcome.message
 
 
 def test_a_reference_that_is_not_finite_is_not_kept(tiny, tmp_path):
@@ -117,8 +114,11 @@ def test_a_reference_that_is_not_finite_is_not_kept(tiny, tmp_path):
 # --- memory -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
-@pytest.mark.parametrize("place", [(models, "load"), (kl, "divergence"), (harness, "accuracy")])
+@pytest.mark.parametrize(("error", "place"), [
+    (torch.OutOfMemoryError("CUDA out of memory"), (models, "load")),
+    (MemoryError(), (kl, "divergence")),
+    (torch.OutOfMemoryError("CUDA out of memory"), (harness, "accuracy")),
+])  # fmt: skip
 def test_out_of_memory_costs_one_cell(tiny, tmp_path, monkeypatch, error, place):
     def fail(*_):
         raise error
@@ -129,28 +129,7 @@ def test_out_of_memory_costs_one_cell(tiny, tmp_path, monkeypatch, error, place)
         outcome = run(tmp_path, *overrides, "baseline=low")
     assert outcome.failed and outcome.message.startswith(type(error).__name__)
     assert not list(tmp_path.rglob("result.json"))
-    assert run(tmp_path, *overrides, "baseline=bf16").state == "done"
     assert run(tmp_path, *overrides, "baseline=low").state == "done"
-
-
-def test_a_real_limit_of_memory_costs_one_cell(tiny, tmp_path, cache):
-    """Under RLIMIT_AS, a model whose embeddings do not fit; after it, one that does."""
-    from transformers import AutoModelForCausalLM
-
-    large = tmp_path / "large"
-    shutil.copytree(tiny["llama"], large)
-    model = AutoModelForCausalLM.from_pretrained(large, dtype=torch.bfloat16)
-    model.resize_token_embeddings(6_000_000)  # 0.8 GB each in bfloat16, twice that in float32
-    model.save_pretrained(large)
-    del model
-    limit = 5 << 30  # bytes; the libraries alone take 3 GB of addresses
-    done = sweep(
-        *tiny_overrides("x"), f"model.path='{large}','{tiny['llama']}'",
-        "baseline=low", results=tmp_path / "results", cache=cache,
-        before=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-    )  # fmt: skip
-    assert_only_one_failed(done, of=2, because="large-")
-    assert "memory" in done.failed[0].lower()
 
 
 # --- documents and the hub --------------------------------------------------------------------
@@ -167,11 +146,6 @@ def test_a_broken_document_costs_one_cell(tiny, tmp_path):
     documents["label"] = 7  # of two choices
     documents.to_parquet(file)
     done = sweep(
-        *tiny_overrides(tiny["llama"]), "baseline=low", "eval.name=a,b",
-        "eval.tasks=[winogrande]", results=tmp_path / "fine", cache=own,
-    )  # fmt: skip
-    assert done.returncode == 0 and len(done.stored) == 2
-    done = sweep(
         *tiny_overrides(tiny["llama"]), "baseline=low", "eval.tasks=[piqa],[winogrande]",
         results=tmp_path / "results", cache=own,
     )  # fmt: skip
@@ -187,7 +161,7 @@ def hub_of(folder, *names: str) -> Hub:
 
 def sweep_from(hub: Hub, path: str, tmp_path, cache):
     return sweep(
-        *tiny_overrides("org/x"), f"model.path={path}", "baseline=low",
+        *tiny_overrides(path)[:1], f"model.path={path}", *tiny_overrides(path)[2:], "baseline=low",
         results=tmp_path / "results", cache=cache, HF_ENDPOINT=hub.endpoint,
         HF_HOME=str(tmp_path / "hf"), NO_PROXY="127.0.0.1,localhost",
         HF_HUB_DOWNLOAD_TIMEOUT="1", HF_HUB_ETAG_TIMEOUT="1",

@@ -45,9 +45,9 @@ class Trials:
 
     def __init__(self, warm: bool = False):
         self.place = tempfile.TemporaryDirectory(prefix="trials-")
-        self.folder = Path(
-            self.place.name
-        )  # where trials run: empty but for what a test puts there
+        self.folder = Path(self.place.name)  # where trials run
+        self.experiment = self.folder / "conf/experiment/bad.yaml"
+        self.experiment.parent.mkdir(parents=True)
         environment = {
             key: value
             for key, value in os.environ.items()
