@@ -22,7 +22,7 @@ from mixprec.cell import ConfigError, check_folder, one_of
 
 # Hydra's and OmegaConf's parsers take seconds for a list of so many values; conf/ has 4 KB at most.
 LONGEST_ARGUMENT = 8192  # characters
-LARGEST_FILE = 65_536  # bytes
+LARGEST_FILE = 65_536  # bytes; of all arguments together, characters
 MOST_JOBS = 10_000  # of a sweep, which is judged whole before it is begun
 
 
@@ -38,6 +38,8 @@ def check() -> None:
         if len(argument) > LONGEST_ARGUMENT:
             shown = argument.partition("=")[0][:60]
             refuse(f"{shown}: {len(argument)} characters, at most {LONGEST_ARGUMENT} are read")
+    if (together := sum(map(len, sys.argv[1:]))) > LARGEST_FILE:
+        refuse(f"arguments of {together} characters, at most {LARGEST_FILE} are read")
     arguments = parser.parse_args()
     if arguments.experimental_rerun is not None:
         refuse("--experimental-rerun reads a pickle")

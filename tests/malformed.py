@@ -530,7 +530,7 @@ def valid(draw):
         "tuning.iters": draw(st.sampled_from(["0", "200"])),
         "tracking": draw(st.sampled_from(["off", "offline", "online"])),
         "model.limit": draw(st.sampled_from(["1", "1000", "null", "${calibration.samples}"])),
-        "results": draw(st.sampled_from(["r", "'a b/c'", "/tmp/x-${now:%Y}", "é/名"])),
+        "results": draw(st.sampled_from(["r", "'a b/c'", "/tmp/x-${now:%Y}", "'é/名'"])),
         "model.dtype": draw(st.sampled_from(cell.DTYPES)),
         "model.device_map": draw(st.sampled_from(["null", "auto", "'cuda:0'", "cpu"])),
     }

@@ -59,7 +59,7 @@ def test_valid_configurations():
     with Trials(warm=True) as trial:
 
         @seed(SEED)
-        @made(2 * VALID_COUNT)
+        @made(4 * VALID_COUNT)
         @given(valid())
         def judge(request):
             if request in seen or len(seen) == VALID_COUNT:
