@@ -161,9 +161,12 @@ def _timeout() -> int:
 
 
 def _limited(request: httpx2.Request) -> None:
-    """Give a request that would wait forever the time-out of all others."""
+    """No request waits longer than the time-out that the user can set: not forever, and not 60 s."""
     waits = request.extensions.get("timeout", {})
-    limits = {key: waits.get(key) or _timeout() for key in ("connect", "read", "write", "pool")}
+    limits = {
+        key: min(waits.get(key) or _timeout(), _timeout())
+        for key in ("connect", "read", "write", "pool")
+    }
     request.extensions = {**request.extensions, "timeout": limits}
 
 
