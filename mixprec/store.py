@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixprec import lock
+from mixprec import lock, secrets
 from mixprec.cell import SCHEMA, Cell, differences
 
 if TYPE_CHECKING:
@@ -388,7 +388,8 @@ def _planned(file: Path) -> dict[str, dict]:
 
 
 def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    """What went wrong, without tokens: this is printed, stored and handed to W&B."""
+    text = secrets.message(str(error))
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

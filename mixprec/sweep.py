@@ -27,7 +27,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mixprec import launch, terminal
+from mixprec import arguments, launch, secrets, terminal
 from mixprec.cell import Cell, Config, ConfigError, Launch, cell_of, typed
 from mixprec.lock import Busy
 from mixprec.store import PREEMPTED, Outcome, Preempted, Store
@@ -46,6 +46,7 @@ class _Progress:
     """What this process has been asked for and what became of it, by cell hash."""
 
     cells: list[Cell] = field(default_factory=list)
+    started: bool = False  # has the first of them been begun?
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     jobs: list[Cell] = field(default_factory=list)  # of each of Hydra's jobs, in its order
     cfg: Config | None = None  # of the first of them
@@ -55,9 +56,6 @@ class _Progress:
 
 
 _progress = _Progress()
-
-# What Hydra also raises on overrides it did not expect, such as `eval=null`.
-_ODD = (ValueError, TypeError, AssertionError, AttributeError, KeyError)
 
 
 class Sweep(Callback):
@@ -72,20 +70,21 @@ class Sweep(Callback):
 
 def _composed(config: DictConfig) -> list[DictConfig]:
     """The configuration of every job of a sweep, as Hydra's own sweeper will compose them."""
-    parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    overrides = OverridesParser.create().parse_overrides(
-        parameters + list(config.hydra.overrides.task)
+    loader = GlobalHydra.instance().config_loader()
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides(
+        arguments.overrides_of(config.hydra)
     )
     if any(o.key_or_group == "experiment" and o.is_sweep_override() for o in overrides):
         raise ConfigError("experiment: one at a time: it is a sweep by itself; accepted: one name")
     if any(o.key_or_group.split(".")[0] == "launch" and o.is_sweep_override() for o in overrides):
         raise ConfigError("launch: a sweep has one launcher; accepted: one value a key")
+    arguments.check_size(overrides)
     (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-    loader = GlobalHydra.instance().config_loader()
     return [loader.load_sweep_config(config, list(job)) for job in jobs]
 
 
 def _announce(configs: list[DictConfig]) -> None:
+    arguments.check_hydra(configs[0].hydra)
     typed_configs = [typed(without_hydra(config)) for config in configs]
     first = typed_configs[0]
     launch.check(first.launch, configs[0].hydra.runtime.choices.launch)
@@ -100,6 +99,8 @@ def _announce(configs: list[DictConfig]) -> None:
     launch.check_program(first.launch)
     _check_machine(cells, first, here)
     _progress.cells, _progress.jobs, _progress.cfg = cells, jobs, first
+    # Other launchers run cells elsewhere: from here on a fault may be one of a cell.
+    _progress.started = first.launch.name != "local"
     if first.experiment:
         try:
             Store(Path(first.results)).add_to_plan(first.experiment, cells)
@@ -134,6 +135,7 @@ def run_one(config: DictConfig) -> None:
     """Hydra's task: one cell. Never raises for a cell that fails, so that the sweep goes on."""
     cfg = typed(without_hydra(config))
     cell = cell_of(cfg, here=False)  # the sweep was judged where it was started
+    _progress.started = True
     if cfg.launch.name == "joblib":
         hydra_config = HydraConfig.get()
         logging_as = OmegaConf.to_container(hydra_config.job_logging, resolve=True)
@@ -292,6 +294,7 @@ def main(task: Callable[[], None]) -> int:
     live = False
     try:
         with _until_preempted():
+            _refuse_or(arguments.check)
             _refuse_or(task)
             come_back()
     except Preempted:
@@ -327,19 +330,30 @@ def without_hydra(config: DictConfig) -> DictConfig:
 
 
 def _refuse_or(act: Callable[[], None]) -> None:
-    """Do it; if the configuration is wrong, say so in one line and exit with 2."""
+    """Do it; if the configuration is wrong, say so in one line and exit with 2.
+
+    Hydra raises much on what it did not expect, such as `eval=null` or YAML that cannot be read.
+    """
     try:
         act()
-    except (ConfigError, HydraException, OmegaConfBaseException, *_ODD) as error:
-        odd = isinstance(error, _ODD) and not isinstance(error, ConfigError)
-        if odd and _progress.cells:
+    except Exception as error:
+        wrong = isinstance(error, (ConfigError, HydraException, OmegaConfBaseException))
+        if not wrong and _progress.started:
             raise  # the configuration was found good: this is a fault of the program
+        log.debug("", exc_info=True)  # shown with hydra.verbose=true
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
 def one_line(error: BaseException) -> str:
     """What is wrong with a configuration and what would be accepted, in one line."""
+    text = secrets.message(_what_is_wrong(error).split("See https://hydra.cc")[0])
+    return text or f"Hydra does not take this configuration ({type(error).__name__})"
+
+
+def _what_is_wrong(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deep; accepted: lists of values, and groups of keys"
     cause = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__
@@ -353,6 +367,6 @@ def one_line(error: BaseException) -> str:
         guess = difflib.get_close_matches(str(cause.key), keys, n=1)
         hint = f" did you mean {guess[0]}?" if guess else ""
         return f"{cause.full_key}: unknown key;{hint} accepted: {', '.join(keys)}"
-    if isinstance(cause, omegaconf.errors.ValidationError):
+    if isinstance(cause, OmegaConfBaseException) and getattr(cause, "full_key", None):
         return f"{cause.full_key}: {str(cause).splitlines()[0]}"
-    return " ".join(str(error).split())
+    return str(error)
