@@ -11,15 +11,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import math
+import os
 import re
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Optional
 
 import yaml
 from omegaconf import MISSING, OmegaConf
 
+from mixprec import secrets
 from mixprec.architecture import config_of, in_features
 from mixprec.schemes import BF16, SCHEMES, Scheme, scheme_named
 
@@ -33,6 +35,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRACKING_MODES = ("offline", "online", "off")
 # auto-round tunes on 128 samples of 2048 tokens; the packaged text has 128 of 1024 and not of 2048.
 TUNING_TOKENS = {"hub": 2048, "packaged": 1024}
+MOST = 10**9  # of anything that is counted
+LONGEST_NAME = 255  # bytes of a file's name
+LONGEST_TEXT = 4096  # characters of a setting: the longest path that Linux takes
 MOST_ITERS = 10_000  # ten times what auto-round's own best recipe takes
 UNREACHED = ("refuse", "lowest")
 NEEDS = ("budget", "calibration", "seed")
@@ -40,6 +45,15 @@ TAKES = ("target", "fused")
 # Architectures whose weights can be read block by block to be scored: a chain of decoder blocks.
 BY_BLOCK = ("llama", "qwen2", "qwen3", "qwen3_moe")
 FIVE_TASKS = ("lambada_openai", "hellaswag", "piqa", "winogrande", "mmlu")
+
+# As transformers has it: a way to spread a model, or one device.
+_DEVICE_MAP = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|(cuda|xpu|mps)(:\d{1,3})?")
+# Part of a path in the hub's cache; what git calls a ref, or a commit.
+_REVISION = re.compile(r"(?!.*(?:\.\.|//|/$))[A-Za-z0-9][A-Za-z0-9._/+-]{0,254}")
+# hub id:configuration:split:column, of which the configuration may be empty
+_DATASET = re.compile(
+    r"(?P<id>[^:]+):[A-Za-z0-9_.-]{0,96}:[A-Za-z0-9_.:%+\[\]-]{1,96}:[A-Za-z0-9_.-]{1,96}"
+)
 
 _ROOT = Path(__file__).resolve().parent.parent
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -63,7 +77,8 @@ class Model:
     revision: Optional[str] = None  # of the hub repository
     bos: bool = False  # does the text begin with a BOS token?
     gated: bool = False  # does the hub want a token for it?
-    trust_remote_code: bool = False  # True only with a reason in the model's own file
+    trust_remote_code: bool = False  # True only in the model's own file, with a reason
+    reason: Optional[str] = None  # why its own code must be run
     dtype: str = "auto"  # of the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU
     device_map: Optional[str] = None  # as in transformers; None: one device
     low_memory: bool = False  # never two copies of its weights in memory at once
@@ -141,6 +156,21 @@ class Tracking:
 
 
 @dataclass
+class Launch:
+    """Where the cells of a sweep run; a launcher has the keys that its file in conf/launch/ sets."""
+
+    name: str = MISSING
+    workers: Optional[int] = None  # joblib: processes at once; None: see launch.workers()
+    gpus: Optional[int] = None  # of one cell
+    partition: Optional[str] = None  # slurm, as is what follows
+    cpus: Optional[int] = None  # of one job
+    memory_gb: Optional[int] = None  # of one job
+    minutes: Optional[int] = None  # of one job
+    jobs: Optional[int] = None  # at once, at most
+    requeues: Optional[int] = None  # of a job whose minutes are over
+
+
+@dataclass
 class Config:
     model: Model = field(default_factory=Model)
     options: Options = field(default_factory=Options)
@@ -149,6 +179,7 @@ class Config:
     calibration: Calibration = field(default_factory=Calibration)
     tuning: Tuning = field(default_factory=Tuning)
     tracking: Tracking = field(default_factory=Tracking)
+    launch: Launch = field(default_factory=Launch)
     budget: Optional[float] = None
     target: Target = field(default_factory=Target)
     fused: bool = False
@@ -243,14 +274,7 @@ class Cell:
 
         <eval>/<model>/<options>/<baseline>[-<budget> or -kl<target>][-fused][-tuned<iters>]
         """
-        budget = "" if self.budget is None else f"-{self.budget:.10g}"
-        if self.target_kl is not None:
-            budget = f"-kl{self.target_kl:.10g}"
-        options = self.options.name if self.options else "none"
-        fused = "-fused" if self.fused else ""
-        tuned = f"-tuned{self.tuning.iters}" if self.tuning else ""
-        name = f"{self.baseline.name}{budget}{fused}{tuned}"
-        return f"{self.eval_folder}/{self.model.name}/{options}/{name}"
+        return path_of(self.settings)
 
     @property
     def reference_path(self) -> str:
@@ -269,6 +293,21 @@ def _text_settings(calibration: Calibration) -> dict[str, Any]:
     if calibration.source != "hub":
         del settings["dataset"]
     return settings
+
+
+def path_of(settings: dict[str, Any]) -> str:
+    """Where a cell of these settings lies: Cell.path."""
+    evaluation, budget = settings["eval"], settings["budget"]
+    limit = "all" if evaluation["limit"] is None else evaluation["limit"]
+    options = settings["options"]["name"] if settings["options"] else "none"
+    name = settings["baseline"]["name"]
+    if "target" in settings:
+        name += f"-kl{settings['target']['kl']:.10g}"
+    elif budget is not None:
+        name += f"-{budget:.10g}"
+    name += "-fused" if "fused" in settings else ""
+    name += f"-tuned{settings['tuning']['iters']}" if "tuning" in settings else ""
+    return f"{evaluation['name']}-{limit}/{settings['model']['name']}/{options}/{name}"
 
 
 def digest(value: Any) -> str:
@@ -297,14 +336,26 @@ def typed(cfg) -> Config:
     return OmegaConf.to_object(cfg)
 
 
-def cell_of(cfg: Config) -> Cell:
-    """The cell that `cfg` asks for, or ConfigError. Loads no model and writes nothing."""
+def cell_of(cfg: Config, *, here: bool = True) -> Cell:
+    """The cell that `cfg` asks for, or ConfigError. Loads no model and writes nothing.
+
+    here: False if another machine runs it, whose GPUs are not known.
+    """
     options, baseline, evaluation = cfg.options, cfg.baseline, cfg.eval
+    _check_texts(asdict(cfg))
+    check_folder("results", cfg.results)
+    check_folder("cache", cfg.cache)
+    if cfg.experiment is not None:
+        _check_name("experiment", cfg.experiment)
+    _check_seed("seed", cfg.seed)
     model = _checked_model(cfg.model)
     _check_eval(evaluation)
     _check_options(options)
     _check_baseline(baseline)
-    _one_of("tracking.mode", cfg.tracking.mode, TRACKING_MODES)
+    one_of("tracking.mode", cfg.tracking.mode, TRACKING_MODES)
+    _check_name("tracking.project", cfg.tracking.project)
+    if cfg.tracking.entity is not None:
+        _check_name("tracking.entity", cfg.tracking.entity)
     is_bf16 = baseline.name == "bf16"
     if not is_bf16:
         _check_group_size(model, options)
@@ -342,7 +393,7 @@ def cell_of(cfg: Config) -> Cell:
             unreached=UNREACHED[0],  # tuning has no such rule
         )
     if evaluation.engine == "vllm":
-        _check_vllm(None if is_bf16 else options)
+        _check_vllm(None if is_bf16 else options, here)
     return Cell(
         model=model,
         options=None if is_bf16 else options,
@@ -366,11 +417,62 @@ def is_folder(path: str) -> bool:
     return path.startswith(("/", "./", "../", "~")) or Path(path).expanduser().is_dir()
 
 
+def _check_texts(settings: dict, prefix: str = "") -> None:
+    """ConfigError for a text that is no name, path or word, or that would publish a token."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            _check_texts(value, f"{prefix}{key}.")
+        for text in value if isinstance(value, list) else [value]:
+            if not isinstance(text, str):
+                continue
+            if len(text) > LONGEST_TEXT:
+                raise ConfigError(
+                    f"{prefix}{key}={_short(text)}: accepted: up to {LONGEST_TEXT} characters, not "
+                    f"{len(text)}"
+                )
+            if not text.isprintable():
+                raise ConfigError(f"{prefix}{key}={_short(text)}: accepted: printable characters")
+            if secrets.holds_one(text):
+                raise ConfigError(
+                    f"{prefix}{key}: holds a token, which would be stored; accepted: tokens in the "
+                    "environment alone, such as HF_TOKEN"
+                )
+
+
+def check_folder(key: str, value: str) -> None:
+    """ConfigError unless `value` is a folder that can be written, or can be made one."""
+    accepted = "accepted: a folder that can be written, or the name of a new one"
+    if not value.strip() or value.startswith("~"):
+        raise ConfigError(f"{key}={value}: {accepted}; ~ is not expanded")
+    folder = Path(value).absolute()
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in folder.parts):
+        raise ConfigError(f"{key}={_short(value)}: too long a name in it; {accepted}")
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    of_the_kernel = os.path.realpath(folder).startswith(("/proc/", "/sys/"))
+    if of_the_kernel or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}={_short(value)}: not one; {accepted}")
+
+
 def _checked_model(model: Model) -> Model:
     """`model` with a name."""
-    _one_of("model.source", model.source, SOURCES)
-    _one_of("model.dtype", model.dtype, DTYPES)
+    one_of("model.source", model.source, SOURCES)
+    one_of("model.dtype", model.dtype, DTYPES)
     _check_limit("model.limit", model.limit)
+    _positive("model.group_size", model.group_size)
+    if model.device_map is not None and not _DEVICE_MAP.fullmatch(model.device_map):
+        raise ConfigError(
+            f"model.device_map={_short(model.device_map)}: accepted: null, auto, balanced, "
+            "balanced_low_0, sequential, or a device such as cuda:0"
+        )
+    if model.revision is not None and not _REVISION.fullmatch(model.revision):
+        raise ConfigError(
+            f"model.revision={_short(model.revision)}: accepted: a branch, a tag or a commit"
+        )
+    if model.trust_remote_code and not (model.reason or "").strip():
+        raise ConfigError(
+            "model.trust_remote_code=true: runs code that comes with the model; accepted: false, or "
+            "true with a `reason:` in the model's own file, conf/model/*.yaml"
+        )
     if model.path == "packaged":
         if importlib.util.find_spec(PACKAGED_MODEL) is None:
             raise ConfigError(
@@ -429,17 +531,40 @@ def _check_baseline(baseline: Baseline) -> None:
         for path in (_ROOT / "mixprec/allocate").glob("*.py")
         if path.stem != "__init__" and "\ndef allocate(" in path.read_text(encoding="utf-8")
     )
-    _one_of("baseline.rule", baseline.rule, rules)
+    one_of("baseline.rule", baseline.rule, rules)
     for need in baseline.needs:
-        _one_of("baseline.needs", need, NEEDS)
+        one_of("baseline.needs", need, NEEDS)
     for taken in baseline.takes:
-        _one_of("baseline.takes", taken, TAKES)
+        one_of("baseline.takes", taken, TAKES)
+    if baseline.rule == "uniform" or baseline.name == "bf16":
+        one_of("baseline.rule", baseline.rule, ["uniform"])  # bf16 has no options to choose from
+        one_of("baseline.name", baseline.name, ["bf16", "low", "high"])
+    if baseline.rule == "ends" and (
+        baseline.bits is None or not baseline.name.startswith(("head", "tail"))
+    ):
+        raise ConfigError(
+            f"baseline.name={_short(baseline.name)}, baseline.bits={baseline.bits}: accepted with "
+            "rule ends: a name that begins with head or tail, and the bits of a scheme"
+        )
+    for same in _baselines().values():  # what a rule needs, its files say
+        if same["rule"] == baseline.rule:
+            needs, takes = same["needs"], same.get("takes") or []
+            if set(needs) != set(baseline.needs):
+                raise ConfigError(
+                    f"baseline.needs={_short(baseline.needs)}: accepted with rule {baseline.rule}: "
+                    f"{', '.join(needs) or 'none'}"
+                )
+            if not set(baseline.takes) <= set(takes):
+                raise ConfigError(
+                    f"baseline.takes={_short(baseline.takes)}: accepted with rule {baseline.rule}: "
+                    f"{', '.join(takes) or 'none'}"
+                )
 
 
 def _check_eval(evaluation: Eval) -> None:
     _check_name("eval.name", evaluation.name)
-    _one_of("eval.source", evaluation.source, SOURCES)
-    _one_of("eval.engine", evaluation.engine, ENGINES)
+    one_of("eval.source", evaluation.source, SOURCES)
+    one_of("eval.engine", evaluation.engine, ENGINES)
     _check_limit("eval.limit", evaluation.limit)
     _check_seed("eval.seed", evaluation.seed)
     _positive("eval.batch_size", evaluation.batch_size)
@@ -449,31 +574,33 @@ def _check_eval(evaluation: Eval) -> None:
         )
     if evaluation.source == "packaged":
         for task in evaluation.tasks:
-            _one_of("eval.tasks", task, FIVE_TASKS)
+            one_of("eval.tasks", task, FIVE_TASKS)
     for task in evaluation.tasks:
         _check_name("eval.tasks", task)
     _check_packaged_documents("eval.source", evaluation.source)
-    if evaluation.kl.sequences < 0:
+    _check_dataset("eval.kl.dataset", evaluation.kl.dataset)
+    if not 0 <= evaluation.kl.sequences <= MOST:
         raise ConfigError(
-            f"eval.kl.sequences={evaluation.kl.sequences}: accepted: 0 (no KL) or more"
+            f"eval.kl.sequences={_short(evaluation.kl.sequences)}: accepted: 0 (no KL) to {MOST}"
         )
-    if evaluation.kl.tokens < 2:
-        raise ConfigError(f"eval.kl.tokens={evaluation.kl.tokens}: accepted: 2 or more")
+    if not 2 <= evaluation.kl.tokens <= MOST:
+        raise ConfigError(f"eval.kl.tokens={_short(evaluation.kl.tokens)}: accepted: 2 to {MOST}")
 
 
 def _check_calibration(calibration: Calibration) -> None:
-    _one_of("calibration.source", calibration.source, SOURCES)
+    one_of("calibration.source", calibration.source, SOURCES)
     _positive("calibration.samples", calibration.samples)
     _positive("calibration.tokens", calibration.tokens)
     _check_seed("calibration.seed", calibration.seed)
-    _one_of("calibration.unreached", calibration.unreached, UNREACHED)
+    _check_dataset("calibration.dataset", calibration.dataset)
+    one_of("calibration.unreached", calibration.unreached, UNREACHED)
     _check_packaged_documents("calibration.source", calibration.source)
 
 
 def _check_tuning(tuning: Tuning) -> None:
     if not 0 <= tuning.iters <= MOST_ITERS:
         raise ConfigError(
-            f"tuning.iters={tuning.iters}: accepted: 0 (to nearest) to {MOST_ITERS} steps a block"
+            f"tuning.iters={_short(tuning.iters)}: accepted: 0 (to nearest) to {MOST_ITERS} steps a block"
         )
     _positive("tuning.samples", tuning.samples)
     _positive("tuning.batch_size", tuning.batch_size)
@@ -485,7 +612,7 @@ def _check_tuning(tuning: Tuning) -> None:
         _positive("tuning.tokens", tuning.tokens)
 
 
-def _check_vllm(options: Options | None) -> None:
+def _check_vllm(options: Options | None, here: bool) -> None:
     others = "accepted here: shared_prefix, hf"
     if options and SCHEMES[options.schemes[0]].family == "mx":
         raise ConfigError(
@@ -493,6 +620,8 @@ def _check_vllm(options: Options | None) -> None:
         )
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(f"eval.engine=vllm: the package vllm is not installed; {others}")
+    if not here:
+        return
     import torch  # late: seconds that no other configuration need wait for
 
     if not torch.cuda.is_available():
@@ -567,10 +696,14 @@ def _checked_target(target: Target, baseline: Baseline) -> float:
 
 def baselines_that_take(key: str) -> list[str]:
     """Names of the baselines in conf/baseline/ that obey `key`, one of TAKES."""
-    found = {}
-    for file in sorted((_ROOT / "conf/baseline").glob("*.yaml")):
-        found[file.stem] = yaml.safe_load(file.read_text(encoding="utf-8")).get("takes") or []
-    return [name for name, takes in found.items() if key in takes]
+    return [name for name, one in _baselines().items() if key in (one.get("takes") or [])]
+
+
+@cache
+def _baselines() -> dict[str, dict]:
+    """conf/baseline/*.yaml by name."""
+    files = sorted((_ROOT / "conf/baseline").glob("*.yaml"))
+    return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
 
 
 def _check_group_size(model: Model, options: Options) -> None:
@@ -590,7 +723,7 @@ def check_divides(in_features: int, schemes: list[str], options: str, model: str
             )
 
 
-def _one_of(key: str, value: str, accepted) -> None:
+def one_of(key: str, value: str, accepted) -> None:
     if value not in accepted:
         raise ConfigError(f"{key}={_short(value)}: accepted: {', '.join(accepted)}")
 
@@ -604,18 +737,31 @@ def _check_name(key: str, value: str) -> None:
 
 
 def _check_limit(key: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ConfigError(f"{key}={value}: accepted: 1 or more documents per task, or null for all")
+    if value is not None and not 1 <= value <= MOST:
+        raise ConfigError(
+            f"{key}={_short(value)}: accepted: 1 or more documents per task, or null for all"
+        )
 
 
 def _check_seed(key: str, value: int) -> None:
     if not 0 <= value < 2**32:
-        raise ConfigError(f"{key}={value}: accepted: 0 to 4294967295")
+        raise ConfigError(f"{key}={_short(value)}: accepted: 0 to 4294967295")
+
+
+def _check_dataset(key: str, value: str) -> None:
+    at = _DATASET.fullmatch(value)
+    if at is None or not (_HUB_ID.fullmatch(at["id"]) or _NAME.fullmatch(at["id"])):
+        raise ConfigError(
+            f"{key}={_short(value)}: accepted: hub id:configuration:split:column, such as "
+            "NeelNanda/pile-10k::train:text"
+        )
 
 
 def _positive(key: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{key}={value:g}: accepted: a number greater than 0")
+    if not 0 < value <= MOST:  # NaN fails this too
+        most = f", at most {MOST}" if value > MOST else ""
+        shown = f"{value:g}" if isinstance(value, float) else _short(value)
+        raise ConfigError(f"{key}={shown}: accepted: a number greater than 0{most}")
 
 
 def _short(value: Any) -> str:

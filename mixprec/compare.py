@@ -69,13 +69,13 @@ def accuracy(one: Row, other: Row) -> Document:
         a, b = one.answers.correct[task], other.answers.correct[task]
         lines[task] = [
             str(len(a)), markup.number(a.mean(), 4), markup.number(b.mean(), 4),
-            str((a & ~b).sum()), str((b & ~a).sum()), _points(interval),
+            str((a & ~b).sum()), str((b & ~a).sum()), markup.points(interval),
             markup.p_value(p_values[task]), markup.p_value(corrected[task]),
         ]  # fmt: skip
     means = [markup.number(row.result["mean"]["acc"], 4) for row in (one, other)]
     lines["mean"] = [
         str(sum(len(right) for right in one.answers.correct.values())), *means, "", "",
-        _points(pair.accuracy), markup.p_value(pair.p), "",
+        markup.points(pair.accuracy), markup.p_value(pair.p), "",
     ]  # fmt: skip
     header = ["n", "A", "B", "A only", "B only", "A − B, points", "p", "p, Holm"]
     needed = "The means are equal: no number of documents shows a difference of 0."
@@ -101,8 +101,8 @@ def divergence(one: Row, other: Row) -> Document:
         p = statistics.kl_p_value(one.result, other.result)
     except ValueError as error:
         return [*items, _sentence(str(error))]
-    line = [f"{markup.number(i.value, 4)}{_ends(i, 3)}" for i in (a, b)]
-    line += [f"{markup.number(d.value, 4, '+')}{_ends(d, 4, '+')}", markup.p_value(p)]
+    line = [markup.interval(own.value, own.low, own.high, 4, 3) for own in (a, b)]
+    line += [markup.interval(d.value, d.low, d.high, 4, 4, "+"), markup.p_value(p)]
     table = pd.DataFrame([line], ["nats per token"], ["A", "B", "A − B", "p"])
     n = len(one.result["kl"]["per_sequence"])
     return [*items, table, f"Paired by sequence, n = {n}, with 95 % intervals."]
@@ -318,19 +318,6 @@ def seconds(one: Row, other: Row) -> Document:
     if machines[0] != machines[1]:
         note = f"The two ran on different hardware, so their seconds cannot be compared. {note}"
     return [*items, note]
-
-
-def _points(interval: statistics.Interval) -> str:
-    text = markup.number(100 * interval.value, 2, "+")
-    if interval.low is None:
-        return text
-    return f"{text} ({markup.ends(100 * interval.low, 100 * interval.high, 2, '+')})"
-
-
-def _ends(interval: statistics.Interval, digits: int, sign: str = "") -> str:
-    if interval.low is None:
-        return ""
-    return f" ({markup.ends(interval.low, interval.high, digits, sign)})"
 
 
 def _sentence(text: str) -> str:

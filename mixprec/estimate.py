@@ -55,16 +55,10 @@ class Size:
 
 def size_of(model: Model) -> Size | None:
     """From the configuration alone; None if it is unknown or of no architecture of transformers'."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = config_of(model.path, model.revision)
-    try:
-        known = AutoConfig.for_model(**config)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(known, dtype=torch.bfloat16)
-        separate(skeleton)
-    except (TypeError, KeyError, ValueError):  # ConfigError too: experts that are no linears
+    skeleton = skeleton_of(model)
+    if skeleton is None:
         return None
+    config, known = config_of(model.path, model.revision), skeleton.config
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     there = not is_on_hub(model) or in_hub_cache(model) is not None
     width = {"float32": 4}.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
@@ -77,6 +71,20 @@ def size_of(model: Model) -> Size | None:
         known.vocab_size,
         0 if there else parameters * width,
     )
+
+
+def skeleton_of(model: Model) -> torch.nn.Module | None:
+    """The model without weights, on the meta device; None as of size_of."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        known = AutoConfig.for_model(**config_of(model.path, model.revision))
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(known, dtype=torch.bfloat16)
+        separate(skeleton)
+    except (TypeError, KeyError, ValueError):  # ConfigError too: experts that are no linears
+        return None
+    return skeleton
 
 
 # --- memory -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import re
 import pandas as pd
 
 from mixprec.audit import WIDTH, wrapped
+from mixprec.statistics import Interval
 
 DASH = "—"
 Document = list[str | pd.DataFrame]
@@ -43,6 +44,21 @@ def ends(low: float, high: float, digits: int, sign: str = "") -> str:
     """An interval: `95–101`, or `-1.2 to +0.3` where ends have signs."""
     between = " to " if sign else "–"
     return f"{number(low, digits, sign)}{between}{number(high, digits, sign)}"
+
+
+def interval(
+    value: float, low: float | None, high: float | None, digits: int, of_ends: int, sign: str = ""
+) -> str:
+    """As `0.4890 (0.435–0.561)` or `+3.76 (+1.42 to +6.10)`; the value alone where there are no ends."""
+    text = number(value, digits, sign)
+    return text if absent(low) or absent(high) else f"{text} ({ends(low, high, of_ends, sign)})"
+
+
+def points(difference: Interval) -> str:
+    """A difference of accuracy in percentage points, with its interval."""
+    parts = (difference.value, difference.low, difference.high)
+    scaled = [None if part is None else 100 * part for part in parts]
+    return interval(*scaled, digits=2, of_ends=2, sign="+")
 
 
 def p_value(p: float | None) -> str:

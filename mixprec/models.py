@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -9,9 +10,11 @@ import logging
 import re
 import shutil
 from dataclasses import dataclass
+from functools import cache as once
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx2  # huggingface_hub's own client, whose errors it lets through
 import torch
 from filelock import FileLock
 
@@ -42,8 +45,10 @@ class Checkpoint:
 def checkpoint(model: Model, cache: Path) -> Checkpoint:
     """Find, download or convert `model`'s checkpoint.
 
-    Raises ConfigError if it has no safetensors, or if the hub does not give it: see `_download`.
+    Raises ConfigError if its weights are no safetensors, or if the hub does not give it: see
+    `_download`.
     """
+    _limit_waiting()
     revision = None
     if model.path == "packaged":
         folder = _convert_packaged(cache)
@@ -54,7 +59,26 @@ def checkpoint(model: Model, cache: Path) -> Checkpoint:
         revision = folder.name  # the commit that `model.revision` stood for
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(f"model.path={model.path}: no *.safetensors there; accepted: safetensors")
+    if other := _other_weights(folder):
+        raise ConfigError(f"model.path={model.path}: {other}; accepted: safetensors")
     return Checkpoint(folder, _fingerprint(folder, cache), revision)
+
+
+def _other_weights(folder: Path) -> str | None:
+    """What else than the folder's own safetensors transformers would load for it, if anything."""
+    if (folder / "adapter_config.json").exists():
+        return "adapter_config.json makes it an adapter of another model"
+    named = []
+    with contextlib.suppress(OSError, ValueError):  # transformers says what is wrong with the file
+        named.append(json.loads((folder / "config.json").read_text()).get("transformers_weights"))
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+            named += json.loads(index.read_text())["weight_map"].values()
+    for name in dict.fromkeys(filter(None, named)):
+        own = str(name).endswith((".safetensors", ".safetensors.index.json"))
+        if not own or Path(name).name != name:
+            return f"its weights are to be read from {name}"
+    return None
 
 
 def _download(model: Model) -> Path:
@@ -64,7 +88,6 @@ def _download(model: Model) -> Path:
     if the repository is gated, unknown or out of reach, or if the download broke off. Its text
     holds no URL: those of huggingface_hub's own errors may be signed, which is as good as a token.
     """
-    from httpx2 import HTTPError  # huggingface_hub's own client, whose errors it lets through
     from huggingface_hub import constants, errors, snapshot_download
 
     for name in ("file_download", "utils._http"):
@@ -105,7 +128,9 @@ def _download(model: Model) -> Path:
     except errors.HfHubHTTPError as error:
         advice = "check HF_TOKEN" if error.response.status_code in (401, 403) else "try again later"
         raise ConfigError(f"{asked}: {_why(error)}; {advice}") from error
-    except HTTPError as error:
+    except httpx2.TimeoutException as error:
+        raise ConfigError(f"{asked}: {_why(error)}; run it again") from error
+    except httpx2.HTTPError as error:
         raise ConfigError(
             f"{asked}: the download broke off ({type(error).__name__}); run it again: files that "
             "are whole are not fetched twice"
@@ -122,9 +147,41 @@ def _why(error: Exception) -> str:
         return "HF_HUB_OFFLINE is set"
     hub = urlsplit(constants.ENDPOINT)
     where = f"the hub at {hub.hostname}" + (f":{hub.port}" if hub.port else "")
+    if isinstance(error, httpx2.TimeoutException):
+        return f"{where} did not answer in {_timeout()} s (HF_HUB_DOWNLOAD_TIMEOUT)"
     if isinstance(error, errors.HfHubHTTPError):
         return f"{where} answered with status {error.response.status_code}"
     return f"{where} cannot be reached ({type(error).__name__})"
+
+
+def _timeout() -> int:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_DOWNLOAD_TIMEOUT  # seconds
+
+
+def _limited(request: httpx2.Request) -> None:
+    """No request waits longer than the time-out that the user can set: not forever, and not 60 s."""
+    waits = request.extensions.get("timeout", {})
+    limits = {
+        key: min(waits.get(key) or _timeout(), _timeout())
+        for key in ("connect", "read", "write", "pool")
+    }
+    request.extensions = {**request.extensions, "timeout": limits}
+
+
+@once
+def _limit_waiting() -> None:
+    """huggingface_hub's own client asks for a revision, and for datasets, without any time-out."""
+    from huggingface_hub.utils import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def client() -> httpx2.Client:
+        made = default_client_factory()
+        made.event_hooks = {**made.event_hooks, "request": [*made.event_hooks["request"], _limited]}
+        return made
+
+    set_client_factory(client)
 
 
 def _without_query(record: logging.LogRecord) -> bool:

@@ -7,6 +7,7 @@ either's own accuracy. What statistics.py needs to say so is a bit a document: `
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -32,14 +33,7 @@ def keep(root: Path) -> None:
         try:
             result = json.loads((file.parent / "result.json").read_text(encoding="utf-8"))
             samples = pd.read_parquet(file, columns=["task", "correct"])
-            bits = {
-                task: {
-                    "n": len(rows),
-                    "correct": np.packbits(rows.correct.to_numpy(bool)).tobytes().hex(),
-                }
-                for task, rows in samples.groupby("task")
-            }
-            kept = {"hash": result["hash"], "tasks": bits}
+            kept = bits(result["hash"], samples)
             if _answers(kept, result) is None:
                 raise ValueError("samples.parquet and result.json are not of one run")
         except FileNotFoundError:
@@ -48,15 +42,32 @@ def keep(root: Path) -> None:
             print(f"{file.parent.relative_to(root)}: {one_line(error)}", file=sys.stderr)
             continue
         target = file.with_name("correct.json")
+        if target.is_file() and "content_hash" in result:
+            continue  # it was stored with the result, which has its hash
         if not target.is_file() or json.loads(target.read_text()) != kept:
             write_json(target, kept)
+
+
+def bits(result_hash: str, samples: pd.DataFrame) -> dict:
+    """correct.json: who was right where, a bit a document, and the hash of the cell it belongs to."""
+    tasks = {
+        str(task): {
+            "n": len(rows),
+            "correct": np.packbits(rows.correct.to_numpy(bool)).tobytes().hex(),
+        }
+        for task, rows in samples.groupby("task")
+    }
+    return {"hash": result_hash, "tasks": tasks}
 
 
 def read(folder: Path, result: dict) -> Answers | None:
     """The answers kept beside `result`; None if there are none, or they are another result's."""
     try:
-        kept = json.loads((folder / "correct.json").read_text(encoding="utf-8"))
-        answers = _answers(kept, result)
+        text = (folder / "correct.json").read_bytes()
+        stored = result.get("files", {}).get("correct.json")
+        if stored not in (None, hashlib.sha256(text).hexdigest()):
+            raise ValueError("it is not what was stored")
+        answers = _answers(json.loads(text), result)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -67,14 +78,19 @@ def read(folder: Path, result: dict) -> Answers | None:
     return answers
 
 
-def _answers(kept: dict, result: dict) -> Answers | None:
-    """What `kept` says, if it has the same documents and the same accuracies as `result`."""
-    correct = {
+def unpacked(kept: dict) -> dict[str, np.ndarray]:
+    """Task -> a bool a document, of what `bits` packed."""
+    return {
         task: np.unpackbits(
             np.frombuffer(bytes.fromhex(row["correct"]), np.uint8), count=row["n"]
         ).astype(bool)
         for task, row in kept["tasks"].items()
     }
+
+
+def _answers(kept: dict, result: dict) -> Answers | None:
+    """What `kept` says, if it has the same documents and the same accuracies as `result`."""
+    correct = unpacked(kept)
     metrics = {task: (metric["n"], metric["acc"]) for task, metric in result["metrics"].items()}
     same = kept["hash"] == result["hash"] and metrics.keys() == correct.keys()
     same = same and all(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from mixprec import launch
 from mixprec.cell import Cell, Config, Model
 from mixprec.estimate import GB, Machine, Size, exported_bytes, memory, seconds, size_of
 from mixprec.models import arithmetic, in_hub_cache, is_on_hub
@@ -166,7 +167,8 @@ def results_here(store: Store, machine: Machine) -> list[dict]:
 
 def text(cells: list[Cell], cfg: Config, *, here: bool = True) -> str:
     """The plan of `cells` as plain text: cells, models, memory, problems, time."""
-    store, machine, sizes = Store(Path(cfg.results)), Machine.this(), sizes_of(cells)
+    store, sizes = Store(Path(cfg.results)), sizes_of(cells)
+    machine = launch.share(Machine.this(), cfg.launch)
     results = results_here(store, machine)
     states = {cell.hash: store.state(cell) for cell in cells}
     to_run, times, found = [], {}, []
@@ -184,9 +186,10 @@ def text(cells: list[Cell], cfg: Config, *, here: bool = True) -> str:
         (
             _cells_table(cells, states, times),
             _models_table(_models(cells), sizes),
-            _memory_table(cells, to_run, sizes, machine, results),
+            _memory_table(cells, to_run, sizes, machine, results, _whose(cfg)),
             "\n".join(found),
-            _total(cells, list(times.values()), len(results)),
+            _total(cells, list(times.values()), len(results))
+            + ("" if cfg.launch.name == "local" else "; one after another"),
         )
     )
 
@@ -196,7 +199,7 @@ def _cells_table(cells: list[Cell], states: dict, times: dict[str, float | None]
     for cell in cells:
         state, why = states[cell.hash]
         rows.append((cell, state, _duration(times[cell.hash]) if cell.hash in times else ""))
-        if state == "failed" and why:
+        if state in ("failed", "stale", "running") and why:
             rows.append((f"  {why[:90]}", "", ""))
     return _table(("cell", "state", "time"), rows)
 
@@ -220,6 +223,7 @@ def _memory_table(
     sizes: dict[str, Size | None],
     machine: Machine,
     results: list[dict],
+    whose: str,
 ) -> str:
     rows = []
     settings_of = {str(cell.model.name): cell.settings["model"] for cell in cells}
@@ -233,8 +237,13 @@ def _memory_table(
             most = [max(peak.get(place, 0) for peak in peaks) for place in ("cpu", "gpu")]
             rows.append((name, f"measured, {len(peaks)} cells", *map(_gigabytes, most)))
     gpus = " + ".join(map(_gigabytes, machine.gpus)) or "none"
-    rows.append(("this machine", "", _gigabytes(machine.memory), gpus))
+    rows.append((whose, "", _gigabytes(machine.memory), gpus))
     return _table(("memory", "stage", "CPU, GB", "GPU, GB"), rows)
+
+
+def _whose(cfg: Config) -> str:
+    here = "this machine"
+    return f"1/{launch.workers(cfg.launch)} of {here}" if cfg.launch.name == "joblib" else here
 
 
 def _total(cells: list[Cell], times: list[float | None], results: int) -> str:

@@ -106,3 +106,21 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def without_circumstances(result: dict) -> dict:
+    """A result.json without what differs between two runs of one cell, wherever they ran.
+
+    Left out: times and memory, the machine and the state of the code, whether a stage or scores were there
+    already, and the hash over all of it. What is left is the same, and so are the files beside it, whose
+    hashes are in it: on one kind of machine, with one number of threads.
+    """
+    circumstances = ("seconds", "peak_memory_bytes", "profile", "resumed", "content_hash")
+    left = {key: value for key, value in result.items() if key not in circumstances}
+    left["notes"] = {k: v for k, v in result["notes"].items() if not k.endswith("scores_stored")}
+    left["provenance"] = {
+        key: value
+        for key, value in result["provenance"].items()
+        if key not in ("git", "hardware", "device")
+    }
+    return left

@@ -13,30 +13,41 @@ from pathlib import Path
 
 import torch
 
-from mixprec import data, models, provenance, quantize, tracking
+from mixprec import data, lock, models, paired, partial, provenance, quantize, terminal, tracking
 from mixprec.allocate import Request, allocate, drops_reference
 from mixprec.cell import Cell, Config, check_divides, digest
 from mixprec.evaluate import harness, kl, vllm
 from mixprec.models import Checkpoint
+from mixprec.partial import Partial
 from mixprec.profile import profile
 from mixprec.schemes import BF16, Layer, realised_bits
-from mixprec.store import Outcome, Store, one_line
+from mixprec.store import Outcome, Preempted, Store, one_line
 
 log = logging.getLogger(__name__)
 
 
 def run(cell: Cell, cfg: Config) -> Outcome:
-    """Run `cell` and store its result. A fault in it is noted and returned, never raised."""
+    """Run `cell` and store its result. A fault in it is noted and returned, never raised.
+
+    What was finished of it before is taken over, and what is finished of it now is kept if it stops.
+    """
     store = Store(Path(cfg.results))
     try:
         store.start(cell)
-        result, allocation, samples = _compute(cell, Path(cfg.cache), cfg.profile)
+        place = store.partial(cell)
+        result, allocation, samples = _compute(cell, Path(cfg.cache), cfg.profile, place)
         if name := result["notes"].get("scores"):
             store.keep_scores(Path(cfg.cache) / "scores" / name)
-        store.finish(cell, result, allocation, samples)
+        store.finish(cell, result, allocation, samples, paired.bits(cell.hash, samples))
     except KeyboardInterrupt:
         store.fail(cell, "interrupted")
         raise
+    except Preempted:
+        log.warning("  preempted: what is finished of this cell is kept")
+        store.preempt(cell)
+        raise
+    except lock.Busy as busy:
+        return Outcome(cell, "elsewhere", str(busy))
     except Exception as error:
         forget()  # whatever state the model is in
         message = one_line(error)
@@ -52,15 +63,16 @@ def run(cell: Cell, cfg: Config) -> Outcome:
     return Outcome(cell, "done")
 
 
-def _compute(cell: Cell, cache: Path, profiled: bool):
-    """(result.json, allocation.json, samples) of one cell."""
+def _compute(cell: Cell, cache: Path, profiled: bool, place: Path):
+    """(result.json, allocation.json, samples) of one cell. place: of its finished stages."""
     seconds: dict[str, float] = {}
     notes: dict[str, object] = {}
     provenance.reset_peak_memory()
 
     @contextmanager
     def stage(name: str):
-        log.info("  %s", name)
+        terminal.stage(name)
+        log.info("  %s", name, extra=terminal.SHOWN)
         start = time.perf_counter()
         yield
         seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - start, 2)
@@ -74,6 +86,7 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
                 layer.in_features, cell.options.schemes, cell.options.name, str(cell.model.name)
             )
         loaded.in_memory.apply({layer.name: BF16.name for layer in layers})
+    kept = Partial(place, _identity(cell, checkpoint, device, dtype))
 
     reference = None
     if cell.eval.kl.sequences:
@@ -83,17 +96,25 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
             file = cache / "reference" / f"{cell.model.name}-{key[:16]}.safetensors"
             reference = kl.Reference.of(model, tokens, file)
 
-    if drops_reference(cell.baseline, cell.model):
+    before = kept.read("allocate")
+    if not before and drops_reference(cell.baseline, cell.model):
         loaded = model = None  # the last references: what forget() drops is freed
         forget()
-    with stage("allocate"):
-        allocation = allocate(
-            layers, cell.schemes, cell.budget,
-            Request(
-                cell.baseline, cell.seed, cell.model, cell.calibration, cache,
-                notes.__setitem__, model, cell.target_kl, cell.fused,
-            ),
-        )  # fmt: skip
+    if before:
+        log.info("  allocate: taken from before")
+        allocation, seconds["allocate"] = before["allocation"], before["seconds"]
+        notes.update(before["notes"])
+    else:
+        with stage("allocate"):
+            allocation = allocate(
+                layers, cell.schemes, cell.budget,
+                Request(
+                    cell.baseline, cell.seed, cell.model, cell.calibration, cache,
+                    notes.__setitem__, model, cell.target_kl, cell.fused,
+                ),
+            )  # fmt: skip
+        stored = {"allocation": allocation, "notes": notes, "seconds": seconds["allocate"]}
+        kept.keep("allocate", stored)
     if cell.model.low_memory and (cell.exports or cell.tuning):
         loaded = model = None
         forget()
@@ -127,17 +148,22 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
             loaded.in_memory.apply(allocation, tuned)
 
     divergence = None
-    if reference is not None:
+    if reference is not None and (before := kept.read("kl")):
+        log.info("  kl: taken from before")
+        divergence, seconds["kl"] = before["divergence"], before["seconds"]
+    elif reference is not None:
         with stage("kl"):
             divergence = kl.divergence(model, tokens, reference)
+        kept.keep("kl", {"divergence": divergence, "seconds": seconds["kl"]})
     with stage("evaluate"):
         if cell.eval.engine == "vllm":
             # It loads the folder by itself and wants the GPU for itself.
             loaded = model = None
             forget()
         metrics, samples, tokens_run = harness.accuracy(
-            folder if model is None else model, tokenizer, cell, cache
+            folder if model is None else model, tokenizer, cell, cache, kept
         )
+    seconds["evaluate"] = round(seconds["evaluate"] + kept.seconds, 2)
 
     bits = realised_bits(layers, allocation)
     bits_with_scales = realised_bits(layers, allocation, count_scales=True)
@@ -162,6 +188,7 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
         if profiled and tokens_run
         else None,
         "notes": notes,
+        **({"resumed": kept.taken} if kept.taken else {}),
         "seconds": seconds,
         "peak_memory_bytes": provenance.peak_memory(),
         "provenance": {
@@ -181,6 +208,18 @@ def _compute(cell: Cell, cache: Path, profiled: bool):
         "layers": allocation,
     }
     return result, allocation_json, samples
+
+
+def _identity(cell: Cell, checkpoint: Checkpoint, device, dtype) -> dict:
+    """Whatever else decides a stage's outcome, to the last bit: see Partial."""
+    made_with = provenance.collect()
+    return {
+        "cell": cell.hash,
+        "code": partial.CODE,
+        "model": checkpoint.fingerprint,
+        "arithmetic": [str(device), str(dtype), torch.get_num_threads()],
+        **{key: made_with[key] for key in ("python", "packages", "hardware")},
+    }
 
 
 @dataclass
@@ -263,4 +302,5 @@ def _say(result: dict) -> None:
         divergence,
         result["realised_bits"],
         sum(result["seconds"].values()),
+        extra=terminal.SHOWN,
     )

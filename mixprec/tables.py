@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mixprec import audit, markup, paired, published, statistics
+from mixprec import audit, markup, paired, published, statistics, store
 from mixprec.cell import ConfigError
 from mixprec.markup import DASH, Document
 from mixprec.paired import Answers
@@ -92,11 +92,14 @@ def read(root: Path) -> tuple[dict[str, Row], dict[str, list[Row]]]:
     for file in sorted(root.glob("*/*/*/*/result.json")):
         path = file.parent.relative_to(root).as_posix()
         try:
-            result = json.loads(file.read_text(encoding="utf-8"))
+            result = store.read(file.parent)
             answers = paired.read(file.parent, result)
             stored[path] = Row(path, result["config"], result, answers=answers)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"{path}: result.json cannot be read: {one_line(error)}", file=sys.stderr)
+            why = one_line(error).removeprefix("Damaged: ")
+            if not why.startswith("result.json"):
+                why = f"result.json cannot be read: {why}"
+            print(f"{path}: {why}", file=sys.stderr)
     plans = {}
     for file in sorted((root / "plans").glob("*.json")):
         plan = json.loads(file.read_text(encoding="utf-8"))
@@ -110,12 +113,16 @@ def _planned(root: Path, cell: dict, stored: dict[str, Row]) -> Row:
         return row
     if row is not None:
         reason = "stored with another configuration; force=true reruns it"
+    elif (root / cell["path"] / "result.json").exists():
+        reason = "its result is damaged; `python -m mixprec.verify` says how"
     else:
-        try:
-            status = json.loads((root / cell["path"] / "status.json").read_text())
-            reason = f"failed: {status['error']}" if "error" in status else "not finished"
-        except (OSError, ValueError):
-            reason = "not run"
+        state, why = store.unfinished(root / cell["path"])
+        reason = {
+            "missing": "not run",
+            "running": f"not finished: computed by {why}",
+            "stale": f"not finished: {why}",
+            "preempted": "not finished: preempted",
+        }.get(state, f"{state}: {why}")
     return Row(cell["path"], cell["config"], None, reason)
 
 
@@ -405,10 +412,12 @@ def paired_table(cells: pd.DataFrame, stored: dict[str, Row]) -> tuple[pd.DataFr
     )
     lines = [
         {
-            "accuracy": _difference(one.accuracy, 100, 2, p),
+            "accuracy": _differs(one.accuracy and markup.points(one.accuracy), p),
             "p": markup.p_value(p),
             "n needed": DASH if one.needed is None else f"{one.needed:,}",
-            "KL": _difference(one.kl, 1, 3, kl_p),
+            "KL": _differs(
+                one.kl and markup.interval(one.kl.value, one.kl.low, one.kl.high, 3, 3, "+"), kl_p
+            ),
         }
         for one, p, kl_p in zip(pairs, corrected, kl_corrected, strict=True)
     ]
@@ -686,25 +695,23 @@ def _accuracy(line: pd.Series) -> str:
 def _divergence(line: pd.Series) -> str:
     """KL, as `0.5227 (0.446–0.605)`; ± its standard error where the sequences' own were not kept."""
     low, high = line.get("kl_low"), line.get("kl_high")
-    if markup.absent(low) or markup.absent(high):
+    if markup.absent(low):
         text = markup.plus_minus(line.get("kl_mean"), line.get("kl_stderr"), 4)
     else:
-        text = f"{markup.number(line['kl_mean'], 4)} ({markup.ends(low, high, 3)})"
+        text = markup.interval(line["kl_mean"], low, high, 4, 3)
     return markup.marked(text, best=bool(line["best_kl"]), differs=_held(line, "kl_minus_ours_p"))
+
+
+def _differs(text: str | None, p: float | None) -> str:
+    return (
+        DASH
+        if text is None
+        else markup.marked(text, best=False, differs=p is not None and p < ALPHA)
+    )
 
 
 def _held(line: pd.Series, name: str) -> bool:
     return not markup.absent(line.get(name)) and line[name] < ALPHA
-
-
-def _difference(interval: Interval | None, scale: float, digits: int, p: float | None) -> str:
-    """As `+3.76 (+1.42 to +6.10) *`."""
-    if interval is None:
-        return DASH
-    text = markup.number(scale * interval.value, digits, "+")
-    if interval.low is not None:
-        text += f" ({markup.ends(scale * interval.low, scale * interval.high, digits, '+')})"
-    return markup.marked(text, best=False, differs=p is not None and p < ALPHA)
 
 
 def _as_printed(line: pd.Series) -> str:

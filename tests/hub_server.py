@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -58,6 +59,8 @@ class Hub:
         self.repositories: dict[str, Repository] = defaultdict(Repository)
         self.requests: list[Request] = []
         self.cuts: dict[str, list[int]] = defaultdict(list)
+        # repository -> how many of its requests are answered, before it only holds the connection
+        self.answers: dict[str, int] = {}
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -93,6 +96,13 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         self.hub.requests.append(Request(self.command, path, self.headers.get("Range"), token))
+        if named := re.search(r"org/[a-z]+", path):
+            left = self.hub.answers.get(named[0])
+            if left is not None:
+                self.hub.answers[named[0]] = left - 1
+                if left <= 0:
+                    time.sleep(60)
+                    return
         if at := re.fullmatch(r"/cdn/([^/]+/[^/]+)/([0-9a-f]+)/([^/]+)", path):
             if SIGNATURE not in self.path:
                 return self._send(403)

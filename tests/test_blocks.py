@@ -169,7 +169,7 @@ def test_another_architecture_is_refused_in_one_line(tiny, tmp_path):
     with pytest.raises(ConfigError, match="not for a model's own code"):
         cell(
             *tiny_overrides(tiny["llama"]), "baseline=fisher", "budget=5", "model.low_memory=true",
-            "model.trust_remote_code=true",
+            "model.trust_remote_code=true", "model.reason=a test",
         )  # fmt: skip
 
 

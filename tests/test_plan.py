@@ -15,7 +15,7 @@ from mixprec import models, plan, provenance, runner
 from mixprec.architecture import config_of
 from mixprec.cell import SCHEMA, Model
 from mixprec.estimate import GB, TOKENS, Machine, memory, seconds, size_of
-from mixprec.store import Store, write_json
+from mixprec.store import Store, sealed, write_json
 
 MODELS = ["llama31_8b", "qwen25_7b", "qwen3_8b", "qwen3_32b"]
 
@@ -139,7 +139,7 @@ def stored(root, one, weights):
         "peak_memory_bytes": {"cpu": int(2 * GB)},
         "provenance": {"hardware": provenance.hardware(), "arithmetic": "float32"},
     }  # fmt: skip
-    write_json(root / one.path / "result.json", result)
+    write_json(root / one.path / "result.json", sealed(result, {}))
     return result
 
 

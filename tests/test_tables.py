@@ -295,7 +295,7 @@ def answered(store: Store, one, wrong: range, kl: float) -> None:
     assert paired.read(folder, result) is not None
 
 
-RULES = {"ours": range(60), "head8": range(57), "tail8": range(100)}
+RULES = {"ours": range(60), "head8": range(30, 87), "tail8": range(100)}
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ def test_the_best_of_a_budget_is_bold_and_what_differs_from_ours_has_a_sign(comp
     tables.render(compared)
     rows = {row[0]: row[1:] for row in rows_of((compared / "tables/all.md").read_text())[:8]}
     assert rows["head8 5-bit"][0].startswith("**0.7720 ± 0.0141 (96.5 %, ")
-    assert rows["head8 5-bit"][0].endswith(")**")  # 3 documents of 250 tell nothing
+    assert rows["head8 5-bit"][0].endswith(")**")  # 30 against 27 documents tell nothing
     assert rows["tail8 5-bit"][0].startswith("0.6000") and rows["tail8 5-bit"][0].endswith(") *")
     for alone in ("BF16", "ours 5-bit", "ours 6-bit"):
         assert "*" not in rows[alone][0]
@@ -343,10 +343,12 @@ def test_the_sign_is_that_of_holms_correction_and_the_csv_has_the_numbers(compar
 def test_a_paired_table_has_intervals_and_the_documents_that_are_needed(compared):
     tables.render(compared)
     text = (compared / "tables/table2.md").read_text()
-    rows = {row[0]: row[1:] for row in rows_of(text)}
+    rows: dict[str, list[str]] = {}
+    for row in rows_of(text):  # a wide table is broken into several
+        rows.setdefault(row[0], []).extend(row[1:])
     accuracy, p, needed, kl = rows["Ours − Head layers 8-bit"]
-    assert re.fullmatch(r"-1\.20 \(-2\.\d\d to -?\+?\d\.\d\d\)", accuracy) and float(p) >= 0.05
-    assert int(needed) > 250 and "to" in kl
+    assert re.fullmatch(r"-1\.20 \(-\d\.\d\d to \+\d\.\d\d\)", accuracy) and float(p) >= 0.05
+    assert int(needed.replace(",", "")) > 1000 and " to " in kl
     accuracy, p, needed, kl = rows["Ours − Tail layers 8-bit"]
     assert accuracy.startswith("+16.00 (+") and accuracy.endswith("*") and p == "<0.001"
     assert int(needed) < 50 and kl.startswith("-1.000 (-") and kl.endswith("*")

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 
+from mixprec import partial, terminal
 from mixprec.cell import Cell
 from mixprec.evaluate import vllm
+from mixprec.evaluate.so_far import SoFar
 from mixprec.evaluate.tasks import tasks_of
+from mixprec.partial import Partial
 
 
 def accuracy(
-    model: torch.nn.Module | Path, tokenizer, cell: Cell, cache: Path
+    model: torch.nn.Module | Path, tokenizer, cell: Cell, cache: Path, kept: Partial | None = None
 ) -> tuple[dict[str, dict], pd.DataFrame, dict[str, int]]:
     """Plain `acc` of every task, and a row a document. model: with engine=vllm, its folder.
+
+    kept: where log-likelihoods are kept as they are finished, so that a later call goes on after them.
 
     Returns (metrics, samples, tokens): metrics maps a task to acc, stderr and n; samples has the columns
     task, leaf (lm-eval's name: mmlu's subject), doc_id, doc_hash, loglikelihoods (one a choice,
@@ -32,6 +37,14 @@ def accuracy(
 
     tasks = tasks_of(cell.eval, cache)
     lm = language_model(model, tokenizer, cell)
+    if hasattr(lm, "kept"):
+        lm.kept = kept  # SharedPrefixLM: batch by batch
+    else:
+        plain = lm._loglikelihood_tokens
+        lm._loglikelihood_tokens = lambda requests, **how: partial.by_chunks(
+            lambda some: plain(some, **how), requests, kept
+        )
+    lm.set_cache_hook(SoFar(tasks, terminal.so_far))
     with _no_bar_for_prompts():
         results = lm_eval.evaluate(
             lm=lm,
@@ -57,7 +70,7 @@ def _no_bar_for_prompts():
     """lm-eval shows a bar for each of sixty tasks while it writes their prompts: milliseconds each."""
     from lm_eval.api import task
 
-    shown, task.tqdm = task.tqdm, partial(task.tqdm, disable=True)
+    shown, task.tqdm = task.tqdm, functools.partial(task.tqdm, disable=True)
     try:
         yield
     finally:

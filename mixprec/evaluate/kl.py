@@ -23,7 +23,10 @@ class Reference:
 
     @classmethod
     def of(cls, model: torch.nn.Module, tokens: torch.Tensor, file: Path) -> Reference:
-        """Read from `file`, or computed by the unquantized `model` and stored there."""
+        """Read from `file`, or computed by the unquantized `model` and stored there.
+
+        Raises FloatingPointError, and stores nothing, if they are not finite.
+        """
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
             if not file.is_file():
@@ -31,8 +34,11 @@ class Reference:
                     _forward(model, row)[0].cpu()
                     for row in tqdm(tokens, desc="BF16 distributions", leave=False)
                 ]
+                hidden = torch.stack(rows)
+                if not torch.isfinite(hidden).all():
+                    raise FloatingPointError("the BF16 model's hidden states are not finite")
                 aside = file.with_suffix(".tmp")
-                save_file({"hidden": torch.stack(rows)}, aside)
+                save_file({"hidden": hidden}, aside)
                 aside.replace(file)
         return cls(load_file(file)["hidden"])
 
@@ -62,9 +68,9 @@ def divergence(model: torch.nn.Module, tokens: torch.Tensor, reference: Referenc
         agreements.append((expected.argmax(-1) == actual.argmax(-1)).float().mean().item())
     return {
         "mean": _mean(kls),
-        "stderr": _stderr(kls),
+        "stderr": stderr(kls),
         "top1": _mean(agreements),
-        "top1_stderr": _stderr(agreements),
+        "top1_stderr": stderr(agreements),
         "sequences": len(kls),
         "tokens": tokens.numel(),
         "per_sequence": kls,
@@ -92,7 +98,8 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _stderr(values: list[float]) -> float | None:
+def stderr(values: list[float]) -> float | None:
+    """Of the mean; None of one value."""
     n = len(values)
     if n < 2:
         return None

@@ -18,6 +18,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
+from mixprec import partial
+
 log = logging.getLogger(__name__)
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")  # transformers' own: logits are head(base model)
@@ -40,11 +42,20 @@ class SharedPrefixLM(HFLM):
     tokens_rows:   through the output head
     tokens_asked:  of all requests one by one (HFLM runs these, but for one-token continuations of
                    the same context, which it runs once)
+
+    kept: where answers are kept as they are finished (None: nowhere). A call goes on after the batches
+    that are there, in the same batches, and counts them as run.
     """
 
-    def __init__(self, *args, tokens_per_forward: int | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        tokens_per_forward: int | None = None,
+        kept: partial.Partial | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **{"softmax_dtype": "float32", **kwargs})
-        self.tokens_per_forward = tokens_per_forward
+        self.tokens_per_forward, self.kept = tokens_per_forward, kept
         self.tokens_run = self.tokens_padded = self.tokens_rows = self.tokens_asked = 0
         self._head_is_plain: bool | None = None  # None: not looked at yet
         self._warned = False
@@ -64,7 +75,10 @@ class SharedPrefixLM(HFLM):
             if not self._warned:
                 log.warning("prefixes are not shared, lm-eval's own way is used: %s", why_not)
             self._warned = True
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            plain = super()._loglikelihood_tokens
+            return partial.by_chunks(
+                lambda some: plain(some, disable_tqdm, override_bs), requests, self.kept
+            )
         too_long = sum(len(c) + len(d) > max_length + 1 for _, c, d in requests)
         if too_long:
             log.warning("%d requests truncated from the left to %d tokens", too_long, max_length)
@@ -81,7 +95,8 @@ class SharedPrefixLM(HFLM):
             disable=disable_tqdm or self.rank != 0,
         )
         tokens = self.tokens_per_forward or tokens_that_fit(self.model.config, self.device)
-        for batch in batches(tries, tokens):
+        known = self.kept.answers(requests, tokens) if self.kept else None
+        for number, batch in enumerate(batches(tries, known.size if known else tokens)):
             layout, ways = lay_out(batch, paths, shared)
             indices, predictions = [], []
             for path, way in ways:
@@ -89,11 +104,17 @@ class SharedPrefixLM(HFLM):
                     continuation = requests[index][2]
                     indices.append(index)
                     predictions += zip(way[-len(continuation) :], continuation, strict=True)
-            scores = self._scores(layout, batch[0].branched, predictions)
-            for index in indices:
-                texts, _, continuation = requests[index]
-                values, greedy = zip(*islice(scores, len(continuation)), strict=True)
-                answers[index] = (sum(values), all(greedy))
+            found = known.get(number) if known else None
+            if found is None:
+                scores, found = self._scores(layout, batch[0].branched, predictions), []
+                for index in indices:
+                    values, greedy = zip(*islice(scores, len(requests[index][2])), strict=True)
+                    found.append((sum(values), all(greedy)))
+                if known:
+                    known.add(number, found)
+            self.tokens_rows += len({node for node, _ in predictions})
+            for index, answer in zip(indices, found, strict=True):
+                texts, answers[index] = requests[index][0], answer
                 if texts is not None:  # None: a window of a rolling log-likelihood
                     self.cache_hook.add_partial("loglikelihood", texts, answers[index])
             nodes = sum(trie.nodes for trie in batch)
@@ -101,6 +122,8 @@ class SharedPrefixLM(HFLM):
             self.tokens_padded += layout[0].numel() - nodes
             progress.update(nodes)
         progress.close()
+        if known:
+            known.close()
         return answers
 
     @torch.no_grad()
@@ -120,7 +143,6 @@ class SharedPrefixLM(HFLM):
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         nodes, words = torch.tensor(predictions, device=hidden.device).T
         nodes, which = nodes.unique(return_inverse=True)
-        self.tokens_rows += len(nodes)
         hidden = hidden.flatten(0, 1)[nodes]  # [distinct nodes, hidden]
         head = self.model.get_output_embeddings()
         values = torch.empty(len(words), device=hidden.device)

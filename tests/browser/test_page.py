@@ -1,4 +1,4 @@
-"""The report page in a real Chromium: `make test-browser`. Left out of `make test` by its mark."""
+"""The report page in a real Chromium: `make test-browser`."""
 
 import os
 import shutil
@@ -8,7 +8,6 @@ import pytest
 from conftest import ROOT
 from test_report import html_of, scores
 
-pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 
 
