@@ -85,8 +85,13 @@ class Comparison:
         return self.own.budget
 
     @property
-    def accuracy_clear(self) -> bool:
+    def accuracy_seems_clear(self) -> bool:
+        """As if it were the only comparison."""
         return excludes(self.accuracy, 0)
+
+    @property
+    def accuracy_clear(self) -> bool:
+        return self.accuracy_seems_clear and (self.p is None or self.p <= statistics.ALPHA)
 
     @property
     def kl_clear(self) -> bool:
