@@ -60,7 +60,7 @@ bench: setup  ## measure against lm-eval and auto-round (an hour or more; leave 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest
 
-test-faults: setup  ## break things some hundred times, as docs/reliability.md counts them (half an hour; root for the disk)
+test-faults: setup  ## break things some hundred times, as docs/reliability.md counts them (a quarter of an hour; root for the disk)
 	$(BIN)/python -m tests.faults.kill
 	$(BIN)/python -m tests.faults.runners
 	$(BIN)/python -m tests.faults.disk
