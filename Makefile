@@ -88,7 +88,7 @@ test-faults: setup  ## break things some hundred times, as docs/reliability.md c
 	$(BIN)/python -m tests.faults.disk
 	$(BIN)/python -m tests.faults.damage
 	$(BIN)/python -m tests.faults.places
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest -s tests/faults
 
 test-browser: setup  ## test the report page in a headless Chromium (installs Debian's, as root)
 	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \

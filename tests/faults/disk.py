@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.faults.common import World, trials, wait, writes
 
-OPERATIONS = 240  # more than a sweep has, so that each is tried
+OPERATIONS = 190  # more than a sweep has, so that each is tried
 
 
 def can_mount() -> bool:
