@@ -18,8 +18,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tabulate import tabulate
-
 from mixprec.cell import Cell, Config
 from mixprec.store import Outcome, Store
 
@@ -135,7 +133,7 @@ def end(outcome: Outcome) -> None:
 
 def table(outcomes: list[Outcome], results: Path) -> str:
     """A sweep's cells in short, for its end; empty if none has a result."""
-    from mixprec import tables
+    from mixprec import markup, tables
 
     stored: dict[str, tables.Row] = {}
     for outcome in outcomes:
@@ -152,8 +150,7 @@ def table(outcomes: list[Outcome], results: Path) -> str:
         return ""
     texts = []
     for evaluation, part in tables.frame(rows, stored).groupby("eval", sort=False):
-        short = tables.summary_table(part)
-        texts.append(f"{evaluation}\n{tabulate(short, 'keys', 'plain', disable_numparse=True)}")
+        texts.append(f"{evaluation}\n\n{markup.markdown(tables.summary(part)).strip()}")
     return "\n\n".join(texts)
 
 

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CACHE, run, tiny_overrides
+from conftest import CACHE, reseal, run, tiny_overrides
 
 from mixprec import compare, paired, tables
 from mixprec.data import packaged_documents
@@ -58,6 +58,7 @@ def flip(root, path: str, task: str, doc: int) -> pd.DataFrame:
     accuracies = [metric["acc"] for metric in result["metrics"].values()]
     result["mean"]["acc"] = sum(accuracies) / len(accuracies)
     write_json(root / path / "result.json", result)
+    reseal(root / path)
     return samples.loc[[place]]
 
 
@@ -173,6 +174,7 @@ def test_other_documents_are_not_paired(results, capsys):
     result["provenance"]["documents"]["piqa"] = "others"
     result["provenance"]["heldout_text"] = "other"
     write_json(file, result)
+    reseal(file.parent)
     text = compared(results, capsys)
     assert "Not paired: other documents of piqa." in part(text, "Accuracy")
     assert "Not paired: KL of other text." in part(text, "KL to BF16")

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, cell
+from conftest import ROOT, cell, reseal
 
 from mixprec import charts, figures, frontier, published, report, sections, statistics
 from mixprec.store import Store
@@ -81,6 +81,7 @@ def copy(source, target, model: str, options: str | None = None, blocks: int = 3
         if f".{block % 30}." in name
     }
     (target / "allocation.json").write_text(json.dumps(allocation))
+    reseal(target)
 
 
 def four_tables(root, models: dict[str, int]) -> None:
@@ -227,6 +228,7 @@ def test_what_comes_from_models_and_errors_is_escaped(tmp_path):
         result["provenance"]["hardware"]["cpu"] = result["config"]["eval"]["name"] = f'">{evil}'
         result["seconds"][evil] = 3.0
         file.write_text(json.dumps(result))
+        reseal(file.parent)
     allocation = tmp_path / "five-all/m/mxfp4_mxfp8/ours-5/allocation.json"
     allocation.write_text(json.dumps({"layers": {f'model.layers.0.x" {evil}': f"mxfp4{evil}"}}))
     failed = cell("baseline=head8", "budget=5")

@@ -116,7 +116,7 @@ def test_the_table_at_the_end_has_every_cell_and_only_finished_ones_have_numbers
     outcomes.append(Outcome(cell(*overrides, "baseline=high"), "failed", "no memory"))
     text = terminal.table(outcomes, tmp_path)
     low, high = (
-        next(x for x in text.splitlines() if x.startswith(f"{name} ")) for name in ("low", "high")
+        next(x for x in text.splitlines() if x.startswith(f"| {name} ")) for name in ("low", "high")
     )
     assert re.search(r"\d\.\d{4}", low) and not re.search(r"\d\.\d", high)
     assert terminal.table(outcomes[1:], tmp_path) == ""

@@ -70,7 +70,8 @@ class World:
         try:
             output = os.open(self.folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1), os.dup2(output, 2)
-            sweep._progress = sweep._Progress(cells=self.cells)
+            sys.argv[1:] = []  # those of the trials are not run.py's
+            sweep._progress = sweep._Progress(cells=self.cells, cfg=self.configs[0])
             prepare()
             code = sweep.main(self._sweep)
         except SystemExit as stop:
