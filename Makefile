@@ -72,8 +72,8 @@ bench: setup  ## measure against lm-eval and auto-round (an hour or more; leave 
 	$(BIN)/python -m mixprec.bench stability
 	$(BIN)/python -m mixprec.bench blocks
 
-test: setup  ## run the tests
-	$(BIN)/python -m pytest
+test: setup  ## run the tests, a file a core (WORKERS=1: one after another)
+	$(BIN)/python -m pytest -n $(or $(WORKERS),auto) --dist loadfile
 
 test-slurm: setup  ## launch=slurm on a real SLURM of one node, set up for it and taken down (minutes; root)
 	@[ "$$(id -u)" = 0 ] || { echo "error: make test-slurm: accepted: as root, which slurmd wants" >&2; exit 2; }

@@ -1,9 +1,15 @@
 """Fixtures: composed configurations, and tiny real models of three architectures."""
 
+import os
+
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # a core each: threads of several would wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import mixprec.environment  # noqa: F401, I001 - first, as in run.py
 
 import json
-import os
 from pathlib import Path
 
 import pytest
