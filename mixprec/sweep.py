@@ -291,18 +291,23 @@ def main(task: Callable[[], None]) -> int:
 
     PREEMPTED if SIGTERM came: started again, the same command goes on where this one was.
     """
-    live = False
     try:
         with _until_preempted():
-            _refuse_or(arguments.check)
-            _refuse_or(task)
-            come_back()
+            try:
+                _refuse_or(arguments.check)
+                _refuse_or(task)
+                come_back()
+            finally:
+                live = terminal.stop()
+            return _sum_up(live)
     except Preempted:
         done = sum(outcome.state == "done" for outcome in _progress.outcomes.values())
         print(f"preempted: {done} cells run; the same command goes on from here", file=sys.stderr)
         return PREEMPTED
-    finally:
-        live = terminal.stop()
+
+
+def _sum_up(live: bool) -> int:
+    """Print what became of the cells; the exit code. live: their lines were, and are gone."""
     outcomes = list(_progress.outcomes.values())
     if (live or len(outcomes) > 1) and (
         table := terminal.table(outcomes, Path(_progress.cfg.results))

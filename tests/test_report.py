@@ -148,7 +148,8 @@ def test_the_summary_is_what_the_statistics_say(committed):
         ends = [f"{100 * end:.1f}".replace("-", "−") for end in (points.low, points.high)]
         assert f"{100 * points.value:+.1f} (" in sentence and all(e in sentence for e in ends)
         told = "not the accuracy" not in text.partition(expected)[2].partition(". At")[0]
-        assert told == (points.low > 0)
+        (p,) = [c.p for c in made[0].comparisons[f"{budget} bits"] if c.line.rule == "fisher"]
+        assert told == (points.low > 0 and p <= statistics.ALPHA)
     assert "lambada_openai 250" in text and "mmlu 337" in text and "4096 tokens" in text
 
 
