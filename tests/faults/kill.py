@@ -57,6 +57,6 @@ def trial(world: World, number: int) -> dict:
 
 if __name__ == "__main__":
     world = None
-    for number, note in trials("kill -9", 185):
+    for number, note in trials("kill -9", 195):
         world = world or World(Path(tempfile.mkdtemp()))
         note(trial(world, number))
