@@ -440,7 +440,10 @@ def _check_texts(settings: dict, prefix: str = "") -> None:
 
 
 def check_folder(key: str, value: str) -> None:
-    """ConfigError unless `value` is a folder that can be written, or can be made one."""
+    """ConfigError unless `value` is a folder, or can be made one.
+
+    One that is there need not be writable: what is stored in it is found, and a cell says the rest.
+    """
     accepted = "accepted: a folder that can be written, or the name of a new one"
     if not value.strip() or value.startswith("~"):
         raise ConfigError(f"{key}={value}: {accepted}; ~ is not expanded")
@@ -449,7 +452,8 @@ def check_folder(key: str, value: str) -> None:
         raise ConfigError(f"{key}={_short(value)}: too long a name in it; {accepted}")
     there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     of_the_kernel = os.path.realpath(folder).startswith(("/proc/", "/sys/"))
-    if of_the_kernel or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    rights = os.X_OK | (os.R_OK if there == folder else os.W_OK)
+    if of_the_kernel or not there.is_dir() or not os.access(there, rights):
         raise ConfigError(f"{key}={_short(value)}: not one; {accepted}")
 
 

@@ -1,6 +1,7 @@
 """What a cell is identified by, and what is refused before anything is loaded."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from conftest import ROOT, cell
 
 from mixprec import sweep
-from mixprec.cell import ConfigError, differences
+from mixprec.cell import ConfigError, check_folder, differences
 
 
 def test_the_same_request_is_the_same_cell():
@@ -167,3 +168,11 @@ def test_a_name_that_is_too_long_is_cut_in_the_message():
     with pytest.raises(ConfigError) as raised:
         cell("model.name=" + "x" * 10_000)
     assert len(str(raised.value)) < 300
+
+
+def test_a_folder_that_cannot_be_written_is_accepted_if_it_is_there(tmp_path, monkeypatch):
+    """Its stored cells can be found; a new one could not be made."""
+    monkeypatch.setattr("os.access", lambda place, rights: not rights & os.W_OK)
+    check_folder("results", str(tmp_path))
+    with pytest.raises(ConfigError, match="results=.*: not one; accepted: a folder"):
+        check_folder("results", str(tmp_path / "new"))
