@@ -174,5 +174,5 @@ def test_a_folder_that_cannot_be_written_is_accepted_if_it_is_there(tmp_path, mo
     """Its stored cells can be found; a new one could not be made."""
     monkeypatch.setattr("os.access", lambda place, rights: not rights & os.W_OK)
     check_folder("results", str(tmp_path))
-    with pytest.raises(ConfigError, match="results=.*: not one; accepted: a folder"):
+    with pytest.raises(ConfigError, match=r"results=.*: not one; accepted: a folder"):
         check_folder("results", str(tmp_path / "new"))
