@@ -104,3 +104,14 @@ def reseal(folder: Path) -> None:
     """Give a result that a test has changed, and the files beside it, their hashes again."""
     result = json.loads((folder / "result.json").read_text())
     store.write_json(folder / "result.json", store.sealed(result, store.hashes(folder)))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """Results of three real cells of a tiny model on six documents of two tasks, with their samples."""
+    root = tmp_path_factory.mktemp("results")
+    overrides = [*tiny_overrides(tiny["llama"], bos=True), "model.name=tiny", "model.limit=6"]
+    for baseline in ("bf16", "low", "tail8"):
+        outcome = run(root, *overrides, f"baseline={baseline}")
+        assert outcome.state == "done", outcome.message
+    return root

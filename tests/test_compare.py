@@ -7,25 +7,13 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CACHE, reseal, run, tiny_overrides
+from conftest import CACHE, reseal
 
 from mixprec import compare, paired, tables
 from mixprec.data import packaged_documents
 from mixprec.store import write_json
 
 FOLDER = "five-6/tiny/mxfp4_mxfp8"
-
-
-@pytest.fixture(scope="module")
-def finished(tiny, tmp_path_factory):
-    """Cells of a tiny model on six documents of two tasks, with samples and answers."""
-    root = tmp_path_factory.mktemp("results")
-    overrides = [*tiny_overrides(tiny["llama"], bos=True), "model.name=tiny", "model.limit=6"]
-    for baseline in ("bf16", "low", "tail8"):
-        outcome = run(root, *overrides, f"baseline={baseline}")
-        assert outcome.state == "done", outcome.message
-    paired.keep(root)
-    return root
 
 
 @pytest.fixture

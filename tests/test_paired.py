@@ -3,21 +3,8 @@
 import json
 
 import pandas as pd
-import pytest
-from conftest import run, tiny_overrides
 
 from mixprec import paired, tables
-
-
-@pytest.fixture(scope="module")
-def finished(tiny, tmp_path_factory):
-    """Three real cells of a tiny model."""
-    root = tmp_path_factory.mktemp("results")
-    overrides = [*tiny_overrides(tiny["llama"], bos=True), "model.name=tiny", "model.limit=6"]
-    for baseline in ("bf16", "low", "tail8"):
-        outcome = run(root, *overrides, f"baseline={baseline}")
-        assert outcome.state == "done", outcome.message
-    return root
 
 
 def test_answers_are_kept_from_real_samples_and_read_back(finished):
